@@ -1,0 +1,223 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Covariance matrices that are never written out.
+
+Each class offers the same few operations on vectors ``(..., K)`` and matrices
+``(..., K, m)``, at a cost that is linear in ``K`` wherever its structure allows:
+``K`` variances, ``K`` variances and a few shared noises, many small blocks, and
+combinations of these. All are batched, and all are differentiable.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Size, Tensor
+
+
+class Covariance(ABC):
+    """A positive definite matrix of size ``K``, possibly batched."""
+
+    @abstractmethod
+    def matmul(self, matrix: Tensor) -> Tensor:
+        """The product with ``matrix``, shape ``(..., K, m)``."""
+
+    @abstractmethod
+    def solve(self, matrix: Tensor) -> Tensor:
+        """The product of the inverse with ``matrix``, shape ``(..., K, m)``."""
+
+    @abstractmethod
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant, of the shape of the batch."""
+
+    @abstractmethod
+    def sample(self, shape: Size, like: Tensor) -> Tensor:
+        """Centred normal draws of shape ``shape + (K,)``, reparametrized.
+
+        :param shape: a shape that the batch broadcasts to.
+        """
+
+    @abstractmethod
+    def diagonal(self) -> Tensor:
+        """The variances, shape ``(..., K)``."""
+
+    def quadratic(self, vector: Tensor) -> Tensor:
+        """``x' C^-1 x`` for ``x`` of shape ``(..., K)``."""
+        column = vector.unsqueeze(-1)
+        return (column * self.solve(column)).sum((-2, -1))
+
+    def dense(self, like: Tensor) -> Tensor:
+        """The matrix itself: for small sizes, and for tests."""
+        size = self.diagonal().shape[-1]
+        return self.matmul(torch.eye(size, dtype=like.dtype, device=like.device))
+
+
+class Diagonal(Covariance):
+    """Independent elements.
+
+    :param variance: shape ``(..., K)``.
+    """
+
+    def __init__(self, variance: Tensor) -> None:
+        self.variance = variance
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        return self.variance.unsqueeze(-1) * matrix
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        return matrix / self.variance.unsqueeze(-1)
+
+    def logdet(self) -> Tensor:
+        return self.variance.log().sum(-1)
+
+    def sample(self, shape: Size, like: Tensor) -> Tensor:
+        size = self.variance.shape[-1:]
+        return self.variance.sqrt() * _normal(shape + size, like)
+
+    def diagonal(self) -> Tensor:
+        return self.variance
+
+
+class Dense(Covariance):
+    """A matrix given by its Cholesky factor.
+
+    :param cholesky: lower triangular, shape ``(..., K, K)``.
+    """
+
+    def __init__(self, cholesky: Tensor) -> None:
+        self.cholesky = cholesky
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        return self.cholesky @ (self.cholesky.mT @ matrix)
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        batch = torch.broadcast_shapes(self.cholesky.shape[:-2], matrix.shape[:-2])
+        factor = self.cholesky.expand(batch + self.cholesky.shape[-2:])
+        return torch.cholesky_solve(matrix.expand(batch + matrix.shape[-2:]), factor)
+
+    def logdet(self) -> Tensor:
+        return 2 * self.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    def sample(self, shape: Size, like: Tensor) -> Tensor:
+        noise = _normal(shape + self.cholesky.shape[-1:], like)
+        return (self.cholesky @ noise.unsqueeze(-1)).squeeze(-1)
+
+    def diagonal(self) -> Tensor:
+        return self.cholesky.square().sum(-1)
+
+
+class Shared(Covariance):
+    """A covariance plus that of a few noises shared by all elements: ``C + F F'``.
+
+    :param base: the covariance ``C``.
+    :param factor: ``F``, shape ``(..., K, r)``.
+    """
+
+    sign = 1
+
+    def __init__(self, base: Covariance, factor: Tensor) -> None:
+        self.base, self.factor = base, factor
+        self._solved = base.solve(factor)  # C^-1 F
+        inner = self.sign * factor.mT @ self._solved  # (..., r, r)
+        identity = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
+        self._cholesky = torch.linalg.cholesky(identity + inner)
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        shared = self.factor @ (self.factor.mT @ matrix)
+        return self.base.matmul(matrix) + self.sign * shared
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        # Woodbury's identity, with the capacitance matrix I +- F' C^-1 F
+        small = Dense(self._cholesky).solve(self._solved.mT @ matrix)
+        return self.base.solve(matrix) - self.sign * self._solved @ small
+
+    def logdet(self) -> Tensor:
+        return self.base.logdet() + Dense(self._cholesky).logdet()
+
+    def sample(self, shape: Size, like: Tensor) -> Tensor:
+        noise = _normal(shape + self.factor.shape[-1:], like)
+        shared = (self.factor @ noise.unsqueeze(-1)).squeeze(-1)
+        return self.base.sample(shape, like) + shared
+
+    def diagonal(self) -> Tensor:
+        return self.base.diagonal() + self.sign * self.factor.square().sum(-1)
+
+
+class Explained(Shared):
+    """What remains of a covariance once correlated quantities are known: ``C - F F'``.
+
+    :param base: the covariance ``C`` of the elements.
+    :param factor: ``F``, the covariance of the elements with uncorrelated quantities
+        of variance one that have become known; shape ``(..., K, r)``.
+    """
+
+    sign = -1
+
+    def sample(self, shape: Size, like: Tensor) -> Tensor:
+        # Draw the elements, then the known quantities given them, and take out what
+        # the latter explain.
+        draw = self.base.sample(shape, like)
+        noise = _normal(shape + self.factor.shape[-1:], like).unsqueeze(-1)
+        known = self._solved.mT @ draw.unsqueeze(-1) + self._cholesky @ noise
+        return draw - (self.factor @ known).squeeze(-1)
+
+
+class Blocks(Covariance):
+    """Independent blocks of equal size, interleaved as in a grid.
+
+    The vector of ``K = outer * slots * inner`` elements, in row-major order, falls
+    into ``slots`` independent blocks of the ``outer * inner`` elements that share a
+    slot.
+
+    :param within: the covariance of the blocks, batch ``(..., slots)``.
+    """
+
+    def __init__(self, within: Covariance, outer: int, slots: int, inner: int) -> None:
+        self.within, self.grid = within, (outer, slots, inner)
+
+    def _split(self, matrix: Tensor) -> Tensor:
+        outer, slots, inner = self.grid
+        batch, columns = matrix.shape[:-2], matrix.shape[-1:]
+        grid = matrix.reshape(batch + (outer, slots, inner) + columns)
+        grid = grid.transpose(-4, -3)  # (..., slots, outer, inner, m)
+        return grid.reshape(batch + (slots, outer * inner) + columns)
+
+    def _join(self, matrix: Tensor) -> Tensor:
+        outer, slots, inner = self.grid
+        batch, columns = matrix.shape[:-3], matrix.shape[-1:]
+        grid = matrix.reshape(batch + (slots, outer, inner) + columns)
+        grid = grid.transpose(-4, -3)
+        return grid.reshape(batch + (outer * slots * inner,) + columns)
+
+    def matmul(self, matrix: Tensor) -> Tensor:
+        return self._join(self.within.matmul(self._split(matrix)))
+
+    def solve(self, matrix: Tensor) -> Tensor:
+        return self._join(self.within.solve(self._split(matrix)))
+
+    def logdet(self) -> Tensor:
+        return self.within.logdet().sum(-1)
+
+    def sample(self, shape: Size, like: Tensor) -> Tensor:
+        draw = self.within.sample(shape + self.grid[1:2], like)
+        return self._join(draw.unsqueeze(-1)).squeeze(-1)
+
+    def diagonal(self) -> Tensor:
+        return self._join(self.within.diagonal().unsqueeze(-1)).squeeze(-1)
+
+
+def log_normal(covariance: Covariance, centred: Tensor) -> Tensor:
+    """The log density of a centred normal at ``centred``, shape ``(..., K)``."""
+    size = centred.shape[-1]
+    return -0.5 * (
+        covariance.quadratic(centred)
+        + covariance.logdet()
+        + size * math.log(2 * math.pi)
+    )
+
+
+def _normal(shape: Size, like: Tensor) -> Tensor:
+    return torch.randn(shape, dtype=like.dtype, device=like.device)

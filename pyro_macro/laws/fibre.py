@@ -1,0 +1,317 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fibres of linear maps, and normal laws on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pyro.distributions import TorchDistribution
+from torch import Size, Tensor
+from torch.distributions import biject_to, constraints, transform_to
+from torch.distributions.transforms import Transform
+
+from pyro_macro.laws.covariance import Covariance, Dense, log_normal
+
+
+def tolerance(tensor: Tensor) -> float:
+    """How far a sum may miss its value, relative to the size of its terms."""
+    return 1e3 * torch.finfo(tensor.dtype).eps
+
+
+class Fibre(constraints.Constraint):
+    """The micro states with a given macro value: ``{x : rows @ x == value}``.
+
+    Its bijection solves for ``m`` *pivot* elements and leaves the other ``K - m`` free
+    and unbounded.
+
+    :param rows: shape ``(m, K)``.
+    :param value: shape ``batch + (m,)``.
+    :param pivots: the indices of the elements that are solved for, shape ``(m,)``.
+    """
+
+    event_dim = 1
+    is_discrete = False
+
+    def __init__(self, rows: Tensor, value: Tensor, pivots: Tensor) -> None:
+        self.rows, self.value, self.pivots = rows, value, pivots
+
+    def check(self, value: Tensor) -> Tensor:
+        miss = (value @ self.rows.mT - self.value).abs()
+        size = value.abs() @ self.rows.abs().mT + self.value.abs()
+        return (miss <= tolerance(value) * size).all(-1)
+
+    def __repr__(self) -> str:
+        return f"Fibre(K={self.rows.shape[1]}, m={self.rows.shape[0]})"
+
+
+class FibreTransform(Transform):
+    """From the free elements of a micro state on a fibre to the whole state.
+
+    Free elements keep their values and their order. Densities on the fibre are with
+    respect to the elements that remain when the *last* ones are solved for. Where
+    others are solved for, as when the last have weight zero, the constant Jacobian
+    says so.
+    """
+
+    domain = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
+    bijective = True
+
+    def __init__(self, fibre: Fibre) -> None:
+        super().__init__()
+        self.fibre = fibre
+        self.codomain = fibre
+        size = fibre.rows.shape[1]
+        keep = torch.ones(size, dtype=torch.bool, device=fibre.rows.device)
+        keep[fibre.pivots] = False
+        self.free = keep.nonzero().squeeze(-1)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FibreTransform) and other.fibre is self.fibre
+
+    def _call(self, x: Tensor) -> Tensor:
+        fibre = self.fibre
+        rest = fibre.value - x @ fibre.rows[:, self.free].mT
+        # One step of refinement puts the sum at the level of one rounding
+        solved = rest @ torch.linalg.inv(fibre.rows[:, fibre.pivots]).mT
+        size = fibre.rows.shape[1]
+        order = torch.cat([self.free, fibre.pivots]).argsort()
+        batch = torch.broadcast_shapes(x.shape[:-1], solved.shape[:-1])
+        whole = torch.cat(
+            [
+                x.expand(batch + x.shape[-1:]),
+                solved.expand(batch + solved.shape[-1:]),
+            ],
+            -1,
+        )
+        assert whole.shape[-1] == size
+        return whole[..., order]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y[..., self.free]
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
+
+    def forward_shape(self, shape: Size) -> Size:
+        return Size(shape[:-1]) + (shape[-1] + self.fibre.rows.shape[0],)
+
+    def inverse_shape(self, shape: Size) -> Size:
+        return Size(shape[:-1]) + (shape[-1] - self.fibre.rows.shape[0],)
+
+
+@biject_to.register(Fibre)
+@transform_to.register(Fibre)
+def _fibre_bijection(constraint: Fibre) -> FibreTransform:
+    return FibreTransform(constraint)
+
+
+def choose_pivots(rows: Tensor) -> Tensor:
+    """The last elements that can be solved for, shape ``(m,)``, ascending."""
+    m = rows.shape[0]
+    if m == 1:
+        return rows[0].nonzero().max().reshape(1)
+    # Gauss elimination from the right: the first m independent columns of the
+    # reversed matrix are those at which its rank grows.
+    reversed_rows = rows.flip(-1)
+    ranks = torch.stack(
+        [torch.linalg.matrix_rank(reversed_rows[:, : k + 1]) for k in range(m)]
+    )
+    if int(ranks[-1]) == m:
+        return torch.arange(rows.shape[1] - m, rows.shape[1], device=rows.device)
+    chosen: list[int] = []
+    for k in range(rows.shape[1]):
+        trial = chosen + [k]
+        if int(torch.linalg.matrix_rank(reversed_rows[:, trial])) == len(trial):
+            chosen = trial
+        if len(chosen) == m:
+            break
+    return torch.tensor(
+        sorted(rows.shape[1] - 1 - k for k in chosen), device=rows.device
+    )
+
+
+class FibreDistribution(TorchDistribution):
+    """A normal law moved onto a fibre: the base of those below.
+
+    ``X ~ N(loc, covariance)`` is what the micro state would be, ``rows @ x = value``
+    is what it has to meet. The log density is with respect to the elements that remain
+    when the pivots (the last ones, where their weights allow) are solved for.
+
+    :param loc: shape ``batch + (K,)``.
+    :param covariance: the covariance of ``X``.
+    :param rows: shape ``(m, K)``.
+    :param value: shape ``batch + (m,)``.
+    """
+
+    arg_constraints: dict[str, Any] = {}
+    has_rsample = True
+
+    def __init__(
+        self,
+        loc: Tensor,
+        covariance: Covariance,
+        rows: Tensor,
+        value: Tensor,
+        pivots: Tensor | None = None,
+        batch_shape: Size | None = None,
+    ) -> None:
+        self.loc, self.covariance = loc, covariance
+        self.rows, self.value = rows, value
+        self.pivots = choose_pivots(rows) if pivots is None else pivots
+        if batch_shape is None:
+            batch_shape = torch.broadcast_shapes(loc.shape[:-1], value.shape[:-1])
+        super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> FibreDistribution:
+        new = type(self).__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        new._batch_shape = Size(batch_shape)
+        return new
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def support(self) -> Fibre:  # type: ignore[override]
+        return Fibre(self.rows, self.value, self.pivots)
+
+    def _draw(self, sample_shape: Any) -> Tensor:
+        shape = Size(sample_shape) + self.batch_shape
+        return self.loc + self.covariance.sample(shape, self.loc)
+
+    def _miss(self, x: Tensor) -> Tensor:
+        return self.value - x @ self.rows.mT
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        raise NotImplementedError
+
+
+class NaturalNormal(FibreDistribution):
+    """``P(X | rows @ X = value)``: the natural micro-realization of a Gaussian.
+
+    Theorem 3.1 and Definition 8 of the paper: mean ``loc + G (value - rows loc)``
+    with the natural direction ``G = C rows' (rows C rows')^-1``, covariance
+    ``C - G rows C``. A draw is ``x + G (value - rows x)`` for ``x ~ N(loc, C)``.
+
+    >>> from pyro_macro.laws.covariance import Diagonal
+    >>> law = NaturalNormal(
+    ...     torch.tensor([10.0, 20.0]), Diagonal(torch.tensor([4.0, 1.0])),
+    ...     torch.ones(1, 2), torch.tensor([33.0]))
+    >>> law.mean
+    tensor([12.4000, 20.6000])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        crossed = self.covariance.matmul(self.rows.mT)  # Cov(X, rows X): (..., K, m)
+        self.total = Dense(torch.linalg.cholesky(self.rows @ crossed))
+        self.gain = self.total.solve(crossed.mT).mT  # (..., K, m)
+
+    def _onto(self, x: Tensor) -> Tensor:
+        # Twice: the second step takes back the rounding of the first
+        for _ in range(2):
+            x = x + (self.gain @ self._miss(x).unsqueeze(-1)).squeeze(-1)
+        return x
+
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+        return self._onto(self._draw(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        inside = log_normal(self.covariance, value - self.loc)
+        total = log_normal(self.total, self._miss(self.loc))
+        solved = torch.linalg.det(self.rows[:, self.pivots]).abs().log()
+        result = inside - total - solved
+        shape = torch.broadcast_shapes(result.shape, self.batch_shape)
+        return result.expand(shape)
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return self._onto(self.loc).expand(self.batch_shape + self.event_shape)
+
+    @property
+    def variance(self) -> Tensor:  # type: ignore[override]
+        explained = (self.gain @ self.total.cholesky).square().sum(-1)
+        result = self.covariance.diagonal() - explained
+        return result.clamp(min=0).expand(self.batch_shape + self.event_shape)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        explained = self.gain @ self.total.cholesky
+        return self.covariance.dense(self.loc) - explained @ explained.mT
+
+
+class ResidualNormal(FibreDistribution):
+    """All elements but the ``absorb`` ones follow ``N(loc, C)``; those take the rest.
+
+    Equation (3) of the paper.
+
+    :param absorb: the indices of the elements that take up the rest, shape ``(m,)``.
+    """
+
+    def __init__(self, *args: Any, absorb: Tensor, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.absorb = absorb
+        columns = torch.zeros_like(self.rows.mT)  # (K, m)
+        columns[absorb, torch.arange(len(absorb), device=absorb.device)] = 1.0
+        precision = self.covariance.solve(columns)  # the absorbing columns of C^-1
+        self._own = precision[..., absorb, :]  # (..., m, m)
+        self._others = precision
+        self._taken = torch.linalg.inv(self.rows[:, absorb])  # (m, m)
+        self._columns = columns
+
+    def _put(self, x: Tensor, part: Tensor) -> Tensor:
+        return x + part @ self._columns.mT
+
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
+        x = self._draw(sample_shape)
+        for _ in range(2):
+            x = self._put(x, self._miss(x) @ self._taken.mT)
+        return x
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        # With the absorbing elements at their conditional mean, the joint density is
+        # that of the others times that of a centred normal at its mode.
+        centred = value - self.loc
+        centred = self._put(centred, -centred[..., self.absorb])
+        pull = (self._others.mT @ centred.unsqueeze(-1)).squeeze(-1)  # (..., m)
+        at_mode = -torch.linalg.solve(self._own, pull)
+        centred = self._put(centred, at_mode)
+        joint = log_normal(self.covariance, centred)
+        mode = log_normal(
+            Dense(torch.linalg.cholesky(torch.linalg.inv(self._own))),
+            torch.zeros_like(pull),
+        )
+        # From the coordinates without `absorb` to those without the pivots
+        change = (
+            torch.linalg.det(self.rows[:, self.absorb]).abs().log()
+            - torch.linalg.det(self.rows[:, self.pivots]).abs().log()
+        )
+        result = joint - mode + change
+        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+
+    def _map(self) -> Tensor:
+        # x = A x_natural + ...: absorbing rows become minus the weighted others
+        size = self.rows.shape[1]
+        identity = torch.eye(size, dtype=self.loc.dtype, device=self.loc.device)
+        return identity - self._columns @ (self._taken @ self.rows)
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        x = self._put(self.loc, self._miss(self.loc) @ self._taken.mT)
+        return x.expand(self.batch_shape + self.event_shape)
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        linear = self._map()
+        return linear @ self.covariance.dense(self.loc) @ linear.mT
+
+    @property
+    def variance(self) -> Tensor:  # type: ignore[override]
+        diagonal = self.covariance_matrix.diagonal(dim1=-2, dim2=-1)
+        return diagonal.expand(self.batch_shape + self.event_shape)

@@ -1,0 +1,663 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The law of a micro state in a jointly affine-Gaussian program."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from pyro_macro.errors import NotAMicroState, UnsupportedLaw
+from pyro_macro.laws.covariance import (
+    Blocks,
+    Covariance,
+    Dense,
+    Diagonal,
+    Explained,
+    Shared,
+)
+from pyro_macro.program.inner import Shared as SharedStatement
+from pyro_macro.program.inner import Site
+from pyro_macro.program.layout import Layout
+from pyro_macro.program.noise import Key, Noise, NoiseRun, NoiseView
+
+
+@dataclass(frozen=True, eq=False)
+class GaussianLaw:
+    """``X ~ N(loc, covariance)`` for a stacked micro state.
+
+    :ivar layout: the order of its elements, and the plates that stay.
+    :ivar joint: the plates along which the elements are dependent, so that they had
+        to become part of the vector although they are not aggregated over.
+    :ivar method: how the law was found, in words.
+    """
+
+    loc: Tensor
+    covariance: Covariance
+    layout: Layout
+    joint: tuple[str, ...]
+    method: str
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """Something known about the noises: an expression and the value it has.
+
+    :ivar name: how to call it in messages.
+    :ivar of: the value of the expression in a run under noise.
+    :ivar value: its value in the real run.
+    :ivar sites: the sites that it is computed from.
+    :ivar frames: the plates that it varies along.
+    :ivar event_shape: its shape within these.
+    """
+
+    name: str
+    of: Callable[[NoiseRun], Tensor]
+    value: Tensor
+    sites: tuple[str, ...]
+    frames: tuple[Any, ...]
+    event_shape: Size
+
+
+class GaussianProgram:
+    """A program read as an affine function of normal noise, checked to be one.
+
+    :param model: the program, with its arguments.
+    :param micro: the micro sites.
+    :param until: all sites to see, micro sites among them.
+    :param shared: statements executed already.
+    :param held: values of sites that are held.
+    """
+
+    def __init__(
+        self,
+        model: tuple[Callable[..., Any], tuple, dict],
+        micro: Sequence[str],
+        until: Sequence[str],
+        shared: dict[str, SharedStatement],
+        held: Mapping[str, Tensor],
+    ) -> None:
+        self.differentiable = torch.is_grad_enabled()
+        self.micro, self.held = tuple(micro), held
+
+        def run(probe: int) -> NoiseRun:
+            result = NoiseRun(until, shared, held, micro, probe)
+            with torch.set_grad_enabled(probe == 0):
+                result.run(*model)
+            return result
+
+        self._run = run
+        self.zero = run(0)
+        self.sites = self.zero.sites
+
+    @cached_property
+    def probes(self) -> tuple[NoiseRun, NoiseRun]:
+        """Runs under large noise of both signs.
+
+        It may leave the domain of a program that is not affine; then the comparison
+        with the derivative fails, which is the answer.
+        """
+        return self._run(1), self._run(-1)
+
+    def law(
+        self,
+        names: Sequence[str],
+        over: Sequence[str],
+        what: str,
+        given: Sequence[Evidence] = (),
+    ) -> GaussianLaw:
+        """The law of the micro state made of ``names``, ancestors integrated out.
+
+        :param over: the plates that are part of the vector.
+        :param what: how to call the macro-variable in messages.
+        :param given: what is known besides the sites that are held.
+        :raises UnsupportedLaw: if it is not a Gaussian, saying why.
+        """
+        with torch.enable_grad():
+            return self._law(names, over, what, given)
+
+    def _law(
+        self,
+        names: Sequence[str],
+        over: Sequence[str],
+        what: str,
+        given: Sequence[Evidence],
+    ) -> GaussianLaw:
+        sites = [self.sites[name] for name in names]
+        self._refuse_paths(names, what)
+        relevant, evidence = self._relevant(names, given, what)
+        noises = [n for n in self.zero.noises.values() if n.key[0] in relevant]
+
+        base = Layout(sites, over, what)
+        values = {site.name: site.value for site in sites}
+        touched = NoiseView(base.stack(values), noises, False).noises
+        for known in evidence:
+            touched = touched + NoiseView(known.of(self.zero), noises, False).noises
+        things: list[Any] = [*touched, *evidence]
+        joint = {
+            frame.name
+            for frame in base.frames
+            if frame.vectorized
+            and any(all(f.name != frame.name for f in thing.frames) for thing in things)
+        }
+        layout = Layout(sites, (*base.over, *sorted(joint)), what)
+
+        loc = layout.stack(values)
+        view = NoiseView(loc, noises, self.differentiable)
+        scale = layout.stack({site.name: self._own_scale(site) for site in sites})
+        self._check(layout, view, scale, what)
+        builder = _Builder(layout, view, scale.square())
+        covariance = builder.covariance(what)
+        if evidence:
+            loc, covariance = self._condition(
+                layout, view, covariance, noises, evidence, what
+            )
+        if not self.differentiable:
+            loc = loc.detach()
+        method = (
+            "exact: product of Gaussians"
+            if not view.noises
+            else "exact: affine-Gaussian"
+        )
+        return GaussianLaw(loc, covariance, layout, tuple(sorted(joint)), method)
+
+    def _own_scale(self, site: Site) -> Tensor:
+        form = self.zero.forms.get(site.name)
+        if form is None or form.scale is None:
+            return torch.zeros_like(site.value)
+        return form.scale
+
+    def ancestors(self, names: Sequence[str], through_held: bool = False) -> set[str]:
+        """The sites upstream of ``names``; behind a held one nothing is looked for."""
+        found: set[str] = set()
+        frontier = list(names)
+        while frontier:
+            name = frontier.pop()
+            for parent in self.sites[name].parents - found:
+                found.add(parent)
+                if through_held or not self._fixed(parent):
+                    frontier.append(parent)
+        return found
+
+    def latent_sources(self, names: Sequence[str]) -> set[str]:
+        """The random sites that ``names`` depend on, themselves among them."""
+        above = {n for n in self.ancestors(names) if not self._fixed(n)}
+        return above | set(names)
+
+    def _fixed(self, name: str) -> bool:
+        return name in self.held or self.sites[name].observed
+
+    def _refuse_paths(self, names: Sequence[str], what: str) -> None:
+        for name in names:
+            above = self.ancestors([name], through_held=True) & set(names)
+            if above:
+                raise NotAMicroState(
+                    f"{what}: there is a directed path from {min(above)!r} to "
+                    f"{name!r}, both aggregated. Assumption 1 of the paper excludes "
+                    "that: an intervention on the total would act on its own parts. "
+                    "Aggregate the two in separate macro-variables."
+                )
+
+    def _relevant(
+        self, names: Sequence[str], given: Sequence[Evidence], what: str
+    ) -> tuple[set[str], list[Evidence]]:
+        """The sites whose noise matters, and what is known about these noises."""
+        zero = self.zero
+        relevant = set(names) | {n for n in self.ancestors(names) if not self._fixed(n)}
+        descendants = {
+            n
+            for n in self.sites
+            if self.ancestors([n], through_held=True) & set(self.micro)
+        }
+        candidates = list(given) + [
+            self._held_evidence(name)
+            for name in self.sites
+            if self._fixed(name) and name not in descendants and name not in names
+        ]
+        kept: list[Evidence] = []
+        changed = True
+        while changed:
+            changed = False
+            for known in list(candidates):
+                above = {n for n in known.sites if not self._fixed(n)}
+                above |= {n for n in self.ancestors(known.sites) if not self._fixed(n)}
+                if above & relevant:
+                    kept.append(known)
+                    candidates.remove(known)
+                    relevant |= above | set(known.sites)
+                    changed = True
+        for name in sorted(relevant & set(zero.opaque)):
+            law = type(_unwrapped(zero.opaque[name])).__name__
+            if name in names:
+                raise UnsupportedLaw(
+                    f"{what}: micro site {name!r} is {law}. Expected a Gaussian: the "
+                    "law of a total is known here for jointly affine-Gaussian "
+                    "programs. Use Allocate or Explicit, which need no such law."
+                )
+            if self._fixed(name):
+                raise UnsupportedLaw(
+                    f"{what}: site {name!r} is held at its value, but it is {law} and "
+                    "depends on latent sites that also act on the micro state, so that "
+                    f"what it says about them is no Gaussian. Hold its parents too: "
+                    f"given=[{name!r}, {', '.join(map(repr, self._latent(name)))}]."
+                )
+            raise UnsupportedLaw(
+                f"{what}: the micro state depends on {name!r}, which is {law}, not "
+                "Gaussian, so that its law with the ancestors integrated out is no "
+                f"Gaussian. Hold {name!r} at its value: given=[{name!r}]."
+            )
+        return relevant, kept
+
+    def _latent(self, name: str) -> list[str]:
+        return sorted(n for n in self.sites[name].parents if not self._fixed(n))
+
+    def _held_evidence(self, name: str) -> Evidence:
+        site = self.sites[name]
+        return Evidence(
+            name=name,
+            of=lambda run: run.expressions[name],
+            value=site.value,
+            sites=(name,),
+            frames=site.frames,
+            event_shape=site.event_shape,
+        )
+
+    def _check(self, layout: Layout, view: NoiseView, scale: Tensor, what: str) -> None:
+        """The derivative at zero has to predict two runs under large noise."""
+        for probe in self.probes:
+            directions = {
+                n.key: probe.drawn[n.key].unsqueeze(0)
+                for n in view.noises
+                if n.key in probe.drawn
+            }
+            with torch.no_grad():
+                own = {
+                    name: probe.drawn.get((name, "own"), torch.zeros_like(site.value))
+                    for name in layout.names
+                    for site in [self.sites[name]]
+                }
+                parts = [view.output, scale * layout.stack(own)]
+            if directions:
+                parts.append(view.forward(directions)[0])
+            found = layout.stack({n: probe.sites[n].value for n in layout.names})
+            if not agree(parts, found):
+                raise UnsupportedLaw(
+                    f"{what}: the program is not jointly affine-Gaussian: with larger "
+                    "noise, the micro state is not where its derivative says (a "
+                    "product of random sites, a scale that varies, or a kink). Hold "
+                    "the sites that make it so with given=[...]; its ancestors are "
+                    f"{sorted(self.ancestors(layout.names)) or 'none'}."
+                )
+
+    def _condition(
+        self,
+        layout: Layout,
+        view: NoiseView,
+        covariance: Covariance,
+        noises: list[Noise],
+        evidence: list[Evidence],
+        what: str,
+    ) -> tuple[Tensor, Covariance]:
+        """``P(X | evidence)``, by the rule for jointly normal vectors."""
+        inner = {f.name for f in layout.frames}
+        stand_ins: list[Any] = [
+            SimpleNamespace(
+                name=str(i), frames=known.frames, event_shape=known.event_shape
+            )
+            for i, known in enumerate(evidence)
+        ]
+        layouts = [
+            Layout(
+                [s], [f.name for f in s.frames if f.vectorized and f.name not in inner]
+            )
+            for s in stand_ins
+        ]
+
+        def stack(values: Callable[[Evidence], Tensor]) -> Tensor:
+            parts = [
+                lay.stack({str(i): values(known)})
+                for i, (lay, known) in enumerate(zip(layouts, evidence, strict=True))
+            ]
+            batch = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
+            return torch.cat([p.expand(batch + p.shape[-1:]) for p in parts], -1)
+
+        known = stack(partial(_expression, self.zero))  # (..., r), at noise zero
+        value = stack(lambda e: e.value)
+        rows = NoiseView(known, noises, self.differentiable)
+        if math.prod(known.shape[:-1]) > layout.batch_shape.numel():
+            crossed, total = _covariances_by_columns(view, rows, layout)
+        else:
+            crossed, total = _covariances_by_rows(view, rows)
+        for probe in self.probes:
+            directions = {
+                n.key: probe.drawn[n.key].unsqueeze(0)
+                for n in rows.noises
+                if n.key in probe.drawn
+            }
+            own = {n.key for n in rows.noises} - set(directions)
+            found = stack(partial(_expression, probe))
+            if own or not agree([known, rows.forward(directions)[0]], found):
+                raise UnsupportedLaw(
+                    f"{what}: what is given ({[e.name for e in evidence]}) is not an "
+                    "affine function of normal noise. Hold the sites that make it so."
+                )
+        cholesky, info = torch.linalg.cholesky_ex(total)
+        if info.any():
+            raise UnsupportedLaw(
+                f"{what}: what is given ({[e.name for e in evidence]}) is redundant: "
+                "some of it follows from the rest. Leave that out of `given`."
+            )
+        surprise = torch.cholesky_solve((value - known).unsqueeze(-1), cholesky)
+        loc = view.output + (crossed @ surprise).squeeze(-1)
+        factor = torch.linalg.solve_triangular(cholesky, crossed.mT, upper=False).mT
+        try:
+            return loc, Explained(covariance, factor)
+        except torch.linalg.LinAlgError:
+            raise UnsupportedLaw(
+                f"{what}: what is given ({[e.name for e in evidence]}) leaves no "
+                "freedom in some direction of the micro state."
+            ) from None
+
+
+def _expression(run: NoiseRun, known: Evidence) -> Tensor:
+    return known.of(run)
+
+
+def _covariances_by_rows(view: NoiseView, rows: NoiseView) -> tuple[Tensor, Tensor]:
+    """The covariance of the state with what is known, and of the latter.
+
+    Few rows are known: one reverse pass a row gives their coefficients, and forward
+    derivatives along these are the covariances.
+
+    :returns: shapes ``(..., K, r)`` and ``(..., r, r)``.
+    """
+    r = rows.output.shape[-1]
+    cotangents = torch.eye(r, dtype=rows.output.dtype, device=rows.output.device)
+    cotangents = cotangents.reshape((r,) + (1,) * (rows.output.dim() - 1) + (r,))
+    coefficients = rows.backward(cotangents.expand((r,) + rows.output.shape))
+    crossed, total = view.forward(coefficients), rows.forward(coefficients)
+    return crossed.movedim(0, -1), total.movedim(0, -1)
+
+
+def _covariances_by_columns(
+    view: NoiseView, rows: NoiseView, layout: Layout
+) -> tuple[Tensor, Tensor]:
+    """The same where the coefficients differ along dimensions that are no plates.
+
+    Such dimensions come from values that are held, as posterior samples are; the noise
+    does not have them, so that a reverse pass would add them up.
+    """
+    noises = list({n.key: n for n in [*view.noises, *rows.noises]}.values())
+    directions = _all_directions(noises, layout)
+    state = view.forward(directions).movedim(0, -1)
+    known = rows.forward(directions).movedim(0, -1)
+    return state @ known.mT, known @ known.mT
+
+
+def _all_directions(noises: Sequence[Noise], layout: Layout) -> dict[Key, Tensor]:
+    """Unit directions for all elements of some groups, plates that stay apart."""
+    parts = []
+    for noise in noises:
+        batch = _batch_axes(noise, layout)
+        rest = [a for a in range(noise.leaf.dim()) if a not in batch]
+        parts.append(_directions(noise.leaf, rest))
+    count = sum(len(part) for part in parts)
+    directions: dict[Key, Tensor] = {}
+    start = 0
+    for noise, part in zip(noises, parts, strict=True):
+        whole = part.new_zeros((count,) + noise.leaf.shape)
+        whole[start : start + len(part)] = part
+        directions[noise.key] = whole
+        start += len(part)
+    return directions
+
+
+def _batch_axes(noise: Noise, layout: Layout) -> list[int]:
+    """The axes of a group that are plates which stay, in ascending order."""
+    own = {f.name for f in noise.frames}
+    plates = noise.leaf.dim() - noise.event_dim
+    return sorted(
+        plates + f.dim for f in layout.frames if f.vectorized and f.name in own
+    )
+
+
+class _Builder:
+    """Finds the structure of a covariance, and its cheapest form.
+
+    The vector is a grid: sites times the shape that the sites have in common (its
+    *grain*: plates, then event dimensions). A group of noises is *local* to a depth if
+    noise at one place of the first dimensions of the grain acts only there. That is
+    supposed from the shapes, and checked with a random direction.
+    """
+
+    def __init__(self, layout: Layout, view: NoiseView, variance: Tensor) -> None:
+        self.layout, self.view, self.variance = layout, view, variance
+        grain = layout.grain
+        self.outer = len(layout.names) if grain is not None else layout.size
+        self.grain = tuple(grain) if grain is not None else ()
+        self.plates = [] if grain is None else layout.over_dims
+
+    def covariance(self, what: str) -> Covariance:
+        groups: list[tuple[int, Tensor]] = []
+        shared: list[Noise] = []
+        for noise in self.view.noises:
+            depth, columns = self._local(noise)
+            if columns is None:
+                shared.append(noise)
+            else:
+                groups.append((depth, columns))
+        if shared:
+            directions = _all_directions(shared, self.layout)
+            groups.append((0, self.view.forward(directions).movedim(0, -1)))
+        if self._has_gaps():
+            return self._without_own_noise(groups, what)
+        return self._nest(groups)
+
+    def _has_gaps(self) -> bool:
+        return bool((self.variance.detach() == 0).any())
+
+    def _nest(self, groups: list[tuple[int, Tensor]]) -> Covariance:
+        """From the finest level to the coarsest, each adding the noises it shares."""
+        depths = sorted({depth for depth, _ in groups} | {0})
+        covariance: Covariance | None = None
+        for i in reversed(range(len(depths))):
+            levels = depths[: i + 1]
+            if covariance is None:
+                variance = self._at(self.variance.unsqueeze(-1), levels).squeeze(-1)
+                covariance = Diagonal(variance)
+            columns = [self._at(c, levels) for d, c in groups if d == depths[i]]
+            if columns:
+                covariance = _add(covariance, torch.cat(_aligned(columns), -1))
+            if i:
+                start, stop = depths[i - 1], depths[i]
+                covariance = Blocks(
+                    covariance,
+                    outer=self.outer,
+                    slots=math.prod(self.grain[start:stop]),
+                    inner=math.prod(self.grain[stop:]),
+                )
+        assert covariance is not None
+        return covariance
+
+    def _without_own_noise(
+        self, groups: list[tuple[int, Tensor]], what: str
+    ) -> Covariance:
+        """Elements without noise of their own: dense blocks, as small as can be."""
+        depths = sorted({depth for depth, _ in groups if depth})
+        for depth in reversed([0, *depths]):
+            inside = [
+                self._spread(c, depth, d)
+                for d, c in groups
+                if d >= depth and (d or not depth)
+            ]
+            outside = [(d, c) for d, c in groups if d < depth]
+            if not inside:
+                continue
+            levels = [0, depth] if depth else [0]
+            factor = torch.cat(_aligned([self._at(c, levels) for c in inside]), -1)
+            variance = self._at(self.variance.unsqueeze(-1), levels).squeeze(-1)
+            matrix = torch.diag_embed(variance) + factor @ factor.mT
+            cholesky, info = torch.linalg.cholesky_ex(matrix)
+            thin = cholesky.diagonal(dim1=-2, dim2=-1)
+            scale = matrix.diagonal(dim1=-2, dim2=-1).sqrt()
+            limit = 10 * torch.finfo(thin.dtype).eps ** 0.5
+            if info.any() or (thin <= limit * scale).any():
+                continue
+            covariance: Covariance = Dense(cholesky)
+            if depth:
+                covariance = Blocks(
+                    covariance,
+                    outer=self.outer,
+                    slots=math.prod(self.grain[:depth]),
+                    inner=math.prod(self.grain[depth:]),
+                )
+            rest = [self._spread(c, 0, d) if d else c for d, c in outside]
+            return (
+                _add(covariance, torch.cat(_aligned(rest), -1)) if rest else covariance
+            )
+        raise UnsupportedLaw(
+            f"{what}: the law of the micro state is degenerate: some of its elements "
+            f"are determined by the others (sites {self.layout.names}). Leave out the "
+            "sites that follow from the others, or use Allocate or Explicit."
+        )
+
+    def _at(self, array: Tensor, levels: list[int]) -> Tensor:
+        """``(..., K, c)`` as ``(..., slots of each level, elements of a slot, c)``."""
+        batch, c = array.shape[:-2], array.shape[-1]
+        slots = tuple(
+            math.prod(self.grain[a:b]) for a, b in zip(levels, levels[1:], strict=False)
+        )
+        inner = math.prod(self.grain[levels[-1] :])
+        grid = array.reshape(batch + (self.outer, *slots, inner, c))
+        grid = grid.movedim(len(batch), len(batch) + len(slots))
+        return grid.reshape(batch + slots + (self.outer * inner, c))
+
+    def _spread(self, columns: Tensor, depth: int, own: int) -> Tensor:
+        """Columns local to depth ``own``, one set for each place below ``depth``."""
+        if own == depth:
+            return columns
+        slots = math.prod(self.grain[depth:own])
+        before, after = math.prod(self.grain[:depth]), math.prod(self.grain[own:])
+        batch, c = columns.shape[:-2], columns.shape[-1]
+        grid = columns.reshape(batch + (self.outer, before, slots, after, 1, c))
+        identity = torch.eye(slots, dtype=columns.dtype, device=columns.device)
+        grid = grid * identity.reshape(slots, 1, slots, 1)
+        return grid.reshape(batch + (columns.shape[-2], slots * c))
+
+    def _local(self, noise: Noise) -> tuple[int, Tensor | None]:
+        """The depth to which a group is local, and its columns there."""
+        for depth in self._candidates(noise):
+            axes = self._axes(noise, depth)
+            count = math.prod(noise.leaf.shape[a] for a in axes["rest"])
+            if count > 4 * self.layout.size:
+                continue
+            columns = self.view.forward(
+                {noise.key: _directions(noise.leaf, axes["rest"])}
+            )
+            columns = columns.movedim(0, -1)  # (..., K, count)
+            if self._confirmed(noise, depth, axes, columns):
+                return depth, columns
+        return 0, None
+
+    def _candidates(self, noise: Noise) -> list[int]:
+        """Depths to try, deepest first; 0 is left to the shared groups."""
+        dims = {f.dim for f in noise.frames if f.vectorized}
+        depth = 0
+        for dim in self.plates:
+            if dim not in dims:
+                break
+            depth += 1
+        if depth < len(self.plates):
+            return [depth] if depth else []
+        event = self.grain[len(self.plates) :]
+        shape = tuple(noise.leaf.shape[noise.leaf.dim() - noise.event_dim :])
+        candidates = [depth]
+        if event and shape == event:
+            candidates.insert(0, depth + len(event))
+        return [d for d in candidates if d]
+
+    def _axes(self, noise: Noise, depth: int) -> dict[str, list[int]]:
+        """Which dimensions of a group are batch, which the grain, which the rest."""
+        total = noise.leaf.dim()
+        plates = [total - noise.event_dim + dim for dim in self.plates[:depth]]
+        events = list(range(total - noise.event_dim, total))
+        grain = plates + events[: max(0, depth - len(self.plates))]
+        batch = _batch_axes(noise, self.layout)
+        rest = [a for a in range(total) if a not in grain and a not in batch]
+        return {"batch": batch, "grain": grain, "rest": rest}
+
+    def _confirmed(
+        self, noise: Noise, depth: int, axes: dict[str, list[int]], columns: Tensor
+    ) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        trial = torch.randn(noise.leaf.shape, generator=generator, dtype=torch.float64)
+        trial = trial.to(noise.leaf)
+        with torch.no_grad():
+            actual = self.view.forward({noise.key: trial.unsqueeze(0)})[0].detach()
+            order = axes["batch"] + axes["grain"] + axes["rest"]
+            moved = trial.permute(order)
+            batch = self._batch_shape(noise, axes)
+            count = columns.shape[-1]
+            slots = math.prod(self.grain[:depth])
+            moved = moved.reshape(batch + (1, slots, 1, count))
+            inner = math.prod(self.grain[depth:])
+            moved = moved.expand(batch + (self.outer, slots, inner, count))
+            moved = moved.reshape(batch + (self.outer * slots * inner, count))
+            predicted = (columns.detach() * moved).sum(-1)
+        return agree([predicted], actual)
+
+    def _batch_shape(self, noise: Noise, axes: dict[str, list[int]]) -> tuple[int, ...]:
+        """The shape of a group's batch dimensions, each at its own place."""
+        total = noise.leaf.dim()
+        sizes = {
+            a - (total - noise.event_dim): noise.leaf.shape[a] for a in axes["batch"]
+        }
+        deepest = max([-d for d in sizes], default=0)
+        return tuple(sizes.get(d, 1) for d in range(-deepest, 0))
+
+
+def _directions(leaf: Tensor, rest: list[int]) -> Tensor:
+    """One direction for each place of the ``rest`` axes, the same along the others."""
+    shape = [leaf.shape[a] if a in rest else 1 for a in range(leaf.dim())]
+    count = math.prod(shape)
+    identity = torch.eye(count, dtype=leaf.dtype, device=leaf.device)
+    return identity.reshape([count, *shape]).expand((count,) + leaf.shape)
+
+
+def _aligned(columns: list[Tensor]) -> list[Tensor]:
+    batch = torch.broadcast_shapes(*(c.shape[:-1] for c in columns))
+    return [c.expand(batch + c.shape[-1:]) for c in columns]
+
+
+def _add(base: Covariance, factor: Tensor) -> Covariance:
+    """``C + F F'``, dense where the factor is as wide as it is high."""
+    size, width = factor.shape[-2:]
+    if width < size:
+        return Shared(base, factor)
+    return Dense(torch.linalg.cholesky(base.dense(factor) + factor @ factor.mT))
+
+
+def agree(parts: Sequence[Tensor], found: Tensor) -> bool:
+    """Whether ``sum(parts) == found`` but for rounding; not so if anything is NaN."""
+    parts = torch.broadcast_tensors(*(p.detach() for p in parts))
+    size = sum((p.abs() for p in parts), start=found.detach().abs())
+    limit = torch.finfo(found.dtype).eps ** 0.5 * size
+    return bool(((sum(parts) - found.detach()).abs() <= limit).all())
+
+
+def _unwrapped(fn: Any) -> Any:
+    while hasattr(fn, "base_dist") and type(fn).__name__ in (
+        "Independent",
+        "MaskedDistribution",
+        "ExpandedDistribution",
+    ):
+        fn = fn.base_dist
+    return fn

@@ -1,0 +1,239 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Running a program without anyone noticing.
+
+An inner run is a run of a model beside its real one. Handlers outside do not see
+its sites, the random state is restored after each of its private draws, and buffers
+of modules (running means and the like) get their old values back.
+
+What is no random variable of the program (parameters, the indices of a subsampled
+plate) is *shared*: it is executed once, visibly, and the real run takes the same
+value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from pyro_macro.errors import PyroMacroError
+from pyro_macro.program.tracking import Tracker
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One sample site of a program, as a run met it.
+
+    :ivar name: the site's name.
+    :ivar fn: its distribution, expanded by the plates around it.
+    :ivar value: the value that propagated.
+    :ivar frames: the plates around it, outermost first, those of handlers outside
+        of the run excluded.
+    :ivar parents: the sites that its distribution (for a deterministic or observed
+        site also its value) is computed from.
+    :ivar event_shape: the shape of its value within the plates.
+    :ivar observed: whether its value was given from outside, as by ``obs=``.
+    :ivar deterministic: whether it is a function of its parents.
+    """
+
+    name: str
+    fn: Any
+    value: torch.Tensor
+    frames: tuple[Any, ...]
+    parents: frozenset[str]
+    event_shape: torch.Size
+    observed: bool
+    deterministic: bool
+
+    @classmethod
+    def of(cls, msg: Message, parents: frozenset[str] = frozenset()) -> Site:
+        """The site behind a message that is on its way out."""
+        deterministic = is_deterministic(msg)
+        return cls(
+            name=str(msg["name"]),
+            fn=msg["fn"],
+            value=msg["value"],  # type: ignore[arg-type]
+            frames=msg["cond_indep_stack"],
+            parents=parents,
+            event_shape=torch.Size(getattr(msg["fn"], "event_shape", ())),
+            observed=bool(msg["is_observed"]) and not deterministic,
+            deterministic=deterministic,
+        )
+
+    def with_value(self, msg: Message) -> Site:
+        """The same site, once the message has come back with a value."""
+        value, shape = msg["value"], self.event_shape
+        if self.deterministic and isinstance(value, torch.Tensor):
+            # `pyro.deterministic` by default counts all dimensions of a value as event
+            # dimensions, those of plates among them.
+            frames = msg["cond_indep_stack"]
+            depth = max((-(f.dim or 0) for f in frames), default=0)
+            if len(shape) + depth > value.dim():
+                shape = value.shape[min(depth, value.dim()) :]
+        return replace(self, value=value, event_shape=shape)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A statement that was executed ahead of the real run, and its outcome."""
+
+    value: Any
+    is_observed: bool = False
+
+
+class _Halt(BaseException):
+    """Unwinds an inner run that has seen enough; no model should catch it."""
+
+
+def is_deterministic(msg: Message) -> bool:
+    """Whether a message is a deterministic site, ``pyro.deterministic`` or ``Delta``.
+
+    Reparametrized sites are such: Pyro turns them into an observed ``Delta``.
+    """
+    fn: Any = msg["fn"]
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn).__name__ == "Delta" or isinstance(fn, pyro.distributions.Delta)
+
+
+def refuse_fixed(msg: Message, who: str) -> None:
+    """An error if ``poutine.do``, applied inside, has already fixed this site."""
+    if msg.get("_intervener_id") is not None:
+        raise PyroMacroError(
+            f"{who}: the micro site {msg['name']!r} is already fixed by a "
+            "`poutine.do` inside. Its value could not be realized again: drop one of "
+            "the two interventions."
+        )
+
+
+@contextmanager
+def preserved_random_state(device: torch.device) -> Iterator[None]:
+    """Draws inside leave no trace in the random state of ``device`` and the CPU."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _preserved_buffers() -> Iterator[None]:
+    """Gives the buffers of every module that is called inside their old values."""
+    before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(module: torch.nn.Module, args: Any) -> None:
+        for buffer in module.buffers(recurse=False):
+            if id(buffer) not in before:
+                before[id(buffer)] = (buffer, buffer.detach().clone())
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for buffer, old in before.values():
+                buffer.copy_(old)
+
+
+class InnerRun(Messenger):
+    """One inner run. Subclasses decide what each site's value is.
+
+    :param until: names of sites; the run stops when it has seen them all. Without
+        names it goes to the end.
+    :param shared: statements executed already, by name; those that this run executes
+        are added.
+    """
+
+    def __init__(
+        self,
+        until: Collection[str] | None = None,
+        shared: dict[str, Shared] | None = None,
+    ) -> None:
+        super().__init__()
+        self.missing = None if until is None else set(until)
+        self.shared = {} if shared is None else shared
+        self.sites: dict[str, Site] = {}
+        self.params: set[str] = set()
+        self.tracker = Tracker()
+        # What was known of a message on its way out, by the identity of the message:
+        # handlers outside may rename it, split it or change its type.
+        self._visible: dict[int, str] = {}
+        self._sites: dict[int, Site] = {}
+
+    def choose(self, msg: Message, site: Site) -> Any:
+        """The value of a site, ``None`` to execute it visibly for the real run too."""
+        raise NotImplementedError
+
+    def run(self, model: Callable[..., Any], args: tuple, kwargs: dict) -> None:
+        """Runs ``model(*args, **kwargs)`` up to the last site that is asked for."""
+        with _preserved_buffers(), pyro.validation_enabled(False), self:
+            try:
+                with self.tracker:
+                    model(*args, **kwargs)
+            except _Halt:
+                pass
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name = str(msg["name"])
+        if site_is_subsample(msg):
+            if name in self.shared:
+                replay(msg, self.shared[name])
+            else:
+                self._visible[id(msg)] = name
+            return
+        if site_is_factor(msg):
+            msg["stop"] = True
+            return
+        if msg.get("_intervener_id") is not None and name in self._visible.values():
+            return  # the copy that `poutine.do` outside leaves behind
+        parents = self.tracker.sources(msg["fn"]) | self.tracker.escaped
+        if is_deterministic(msg) or msg["is_observed"]:
+            parents |= self.tracker.sources(msg["value"])
+        site = Site.of(msg, parents - {name})
+        self._sites[id(msg)] = site
+        value = self.choose(msg, site)
+        if value is None:
+            self._visible[id(msg)] = name
+        else:
+            msg["value"] = value
+            msg["done"] = True
+            msg["stop"] = True
+
+    def _pyro_param(self, msg: Message) -> None:
+        name = str(msg["name"])
+        self.params.add(name)
+        if name in self.shared:
+            replay(msg, self.shared[name])
+        else:
+            self._visible[id(msg)] = name
+
+    def _postprocess_message(self, msg: Message) -> None:
+        name = self._visible.pop(id(msg), None)
+        if name is not None:
+            self.shared[name] = Shared(msg["value"], bool(msg.get("is_observed")))
+        site = self._sites.pop(id(msg), None)
+        if site is None:
+            return
+        self.sites[site.name] = site.with_value(msg)
+        msg["value"] = self.tracker.mark(msg["value"], {site.name})
+        if self.missing is not None:
+            self.missing.discard(site.name)
+            if not self.missing:
+                raise _Halt
+
+
+def replay(msg: Message, shared: Shared) -> None:
+    """Gives a statement the outcome it had, and hides it from handlers outside."""
+    msg["value"] = shared.value
+    msg["is_observed"] = shared.is_observed
+    msg["done"] = True
+    msg["stop"] = True

@@ -1,0 +1,163 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""How the values of several sites become one vector, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Size, Tensor
+
+from pyro_macro.errors import NotAMicroState
+from pyro_macro.program.inner import Site
+
+
+class Layout:
+    """The order of the elements of several sites in one vector.
+
+    Elements come site by site; within a site, first along the plates in ``over``
+    (from the leftmost dimension to the rightmost), then along the event dimensions.
+    The plates that are left stay batch dimensions, each at its own place: a plate in
+    ``over`` leaves a dimension of size one behind, unless it was the leftmost.
+
+    :param sites: the sites, in the order of the vector.
+    :param over: names of plates that become part of the vector.
+    :param what: how to call the whole in messages.
+    :raises NotAMicroState: if the sites share no common shape.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], over: Collection[str] = (), what: str = "it"
+    ) -> None:
+        self.names = [site.name for site in sites]
+        self.over = tuple(over)
+        framed = [[f for f in s.frames if f.vectorized] for s in sites]
+        common = [f for f in sites[0].frames if all(f in s.frames for s in sites)]
+        self.frames = tuple(f for f in common if f.name not in self.over)
+        for site, frames in zip(sites, framed, strict=True):
+            for frame in frames:
+                if frame.name not in self.over and frame not in self.frames:
+                    others = [s.name for s in sites if frame not in s.frames]
+                    raise NotAMicroState(
+                        f"{what}: site {site.name!r} is in plate {frame.name!r} "
+                        f"(size {frame.size}), site {others[0]!r} is not. Expected "
+                        "plates around every micro site, or named in `over`: add "
+                        f"over={frame.name!r} to sum over it."
+                    )
+        seen = {f.name for frames in framed for f in frames}
+        for name in self.over:
+            if name not in seen:
+                listed = ", ".join(map(repr, sorted(seen))) or "none"
+                raise NotAMicroState(
+                    f"{what}: over={name!r} is no plate of {self.names}. Their plates "
+                    f"are: {listed}."
+                )
+        self.over_plates = [
+            sorted((f.dim, f.size) for f in frames if f.name in self.over)
+            for frames in framed
+        ]
+        self._all = [{f.dim: f.size for f in frames} for frames in framed]
+        self._events = [Size(s.event_shape) for s in sites]
+        self.sizes = [
+            math.prod(size for _, size in over) * event.numel()
+            for over, event in zip(self.over_plates, self._events, strict=True)
+        ]
+
+    @property
+    def size(self) -> int:
+        """The number of elements of the vector."""
+        return sum(self.sizes)
+
+    @property
+    def batch(self) -> dict[int, int]:
+        """The sizes of the plates that stay batch dimensions, by dimension."""
+        return {f.dim: f.size for f in self.frames if f.vectorized}
+
+    @property
+    def batch_shape(self) -> Size:
+        """The shape of the plates that stay, ones in between."""
+        return _shape(self.batch)
+
+    @property
+    def grain(self) -> Size | None:
+        """The shape within a site that all sites have in common, or ``None``."""
+        shapes = set(zip(map(tuple, self.over_plates), self._events, strict=True))
+        if len(shapes) != 1:
+            return None
+        ((over, event),) = shapes
+        return Size(size for _, size in over) + event
+
+    @property
+    def over_dims(self) -> list[int]:
+        """The dimensions of the plates in the grain, from left to right."""
+        return [dim for dim, _ in self.over_plates[0]]
+
+    def stack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The sites' values as one vector.
+
+        :param values: values by name of the site, with any dimensions to the left.
+        :returns: shape ``batch + (size,)``.
+        """
+        parts = []
+        for name, over, sizes, event in zip(
+            self.names, self.over_plates, self._all, self._events, strict=True
+        ):
+            value = values[name]
+            batch = value.shape[: value.dim() - len(event)]
+            batch = torch.broadcast_shapes(batch, _shape(sizes))
+            value = value.expand(batch + event)
+            # (..., 1 where the plates in `over` were, over, event)
+            value = value.reshape(batch + (1,) * len(over) + event)
+            for i, (dim, _) in enumerate(over):
+                value = value.transpose(len(batch) + dim, len(batch) + i)
+            parts.append(
+                value.flatten(start_dim=len(batch))
+                if over or event
+                else value.unsqueeze(-1)
+            )
+        if len(parts) == 1:
+            return parts[0]
+        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return torch.cat([part.expand(batch + part.shape[-1:]) for part in parts], -1)
+
+    def unstack(self, vector: Tensor) -> dict[str, Tensor]:
+        """The inverse of :meth:`stack`: each site's value, expanded by its plates."""
+        batch = torch.broadcast_shapes(vector.shape[:-1], self.batch_shape)
+        values: dict[str, Tensor] = {}
+        for name, over, event, part in zip(
+            self.names,
+            self.over_plates,
+            self._events,
+            vector.split(self.sizes, dim=-1),
+            strict=True,
+        ):
+            depth = max([-dim for dim, _ in over], default=0)
+            full = (1,) * max(0, depth - len(batch)) + tuple(batch)
+            part = part.expand(batch + part.shape[-1:])
+            part = part.reshape(full + tuple(size for _, size in over) + tuple(event))
+            for i, (dim, _) in enumerate(over):
+                part = part.transpose(len(full) + dim, len(full) + i)
+            shape = part.shape[: len(full)] + event
+            values[name] = part.reshape(shape)
+        return values
+
+    def describe(self) -> str:
+        """The elements in words, for messages."""
+        return ", ".join(
+            f"{size} of {name!r}"
+            for name, size in zip(self.names, self.sizes, strict=True)
+        )
+
+    def place(self, name: str) -> range:
+        """Where the elements of one site lie."""
+        at = self.names.index(name)
+        start = sum(self.sizes[:at])
+        return range(start, start + self.sizes[at])
+
+
+def _shape(sizes: Mapping[int, int]) -> Size:
+    depth = max((-dim for dim in sizes), default=0)
+    return Size(sizes.get(dim, 1) for dim in range(-depth, 0))

@@ -1,0 +1,280 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The noise view: a program as a function of standard normal noise.
+
+Each Gaussian site is written as ``loc + factor @ noise + scale * own``. If the
+program is jointly affine-Gaussian, every stacked vector of its values is an affine
+function of all noises, and reverse mode gives its coefficients: for few rows
+directly (:meth:`NoiseView.backward`), for few columns through the derivative of the
+derivative (:meth:`NoiseView.forward`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.runtime import Message
+from torch import Size, Tensor
+from torch.distributions import AffineTransform
+
+from pyro_macro.program.inner import InnerRun, Shared, Site, refuse_fixed
+from pyro_macro.program.reading import draw
+
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseForm:
+    """A distribution as an affine map of standard normal noise.
+
+    ``value = affine(noise) + scale * own`` with independent standard normal ``noise``
+    and ``own``; ``own`` has the shape of the value.
+
+    :ivar affine: the affine map of ``noise``.
+    :ivar shape: the shape of ``noise``; ``None`` where there is none.
+    :ivar scale: the scale of the noise that each element has for itself, or ``None``.
+    """
+
+    affine: Callable[[Tensor | None], Tensor]
+    shape: torch.Size | None = None
+    scale: Tensor | None = None
+
+
+@singledispatch
+def noise_form(fn: Any) -> NoiseForm | None:
+    """The noise form of a distribution, ``None`` if it is not a Gaussian.
+
+    An open function: a new Gaussian family registers its form here.
+    """
+    return None
+
+
+@noise_form.register(torch.distributions.Normal)
+def _normal(fn: Any) -> NoiseForm:
+    return NoiseForm(lambda noise: fn.loc, scale=fn.scale)
+
+
+@noise_form.register(torch.distributions.MultivariateNormal)
+def _multivariate_normal(fn: Any) -> NoiseForm:
+    def affine(noise: Tensor | None) -> Tensor:
+        assert noise is not None
+        return fn.loc + (fn.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
+
+    return NoiseForm(affine, shape=fn.batch_shape + fn.event_shape)
+
+
+@noise_form.register(torch.distributions.LowRankMultivariateNormal)
+def _low_rank(fn: Any) -> NoiseForm:
+    def affine(noise: Tensor | None) -> Tensor:
+        assert noise is not None
+        return fn.loc + (fn.cov_factor @ noise.unsqueeze(-1)).squeeze(-1)
+
+    scale = fn.cov_diag.sqrt().expand(fn.batch_shape + fn.event_shape)
+    return NoiseForm(
+        affine, shape=fn.batch_shape + fn.cov_factor.shape[-1:], scale=scale
+    )
+
+
+@noise_form.register(dist.Delta)
+def _delta(fn: Any) -> NoiseForm:
+    return NoiseForm(lambda noise: fn.v)
+
+
+@noise_form.register(torch.distributions.Independent)
+@noise_form.register(dist.torch_distribution.MaskedDistribution)
+def _wrapped(fn: Any) -> NoiseForm | None:
+    return noise_form(fn.base_dist)
+
+
+@noise_form.register(torch.distributions.TransformedDistribution)
+def _transformed(fn: Any) -> NoiseForm | None:
+    base = noise_form(fn.base_dist)
+    if base is None or not all(isinstance(t, AffineTransform) for t in fn.transforms):
+        return None
+    shift, factor = 0.0, 1.0
+    for t in fn.transforms:
+        shift, factor = t.loc + t.scale * shift, factor * t.scale
+    inner, scale = base.affine, base.scale
+    return NoiseForm(
+        lambda noise: shift + factor * inner(noise),
+        base.shape,
+        None if scale is None else factor * scale,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """One group of noises: those of a site, of one kind.
+
+    :ivar key: the site's name, and which of its two noises.
+    :ivar leaf: the tensor of zeros at which derivatives are taken.
+    :ivar frames: the plates around the site.
+    :ivar event_dim: how many of the rightmost dimensions are no plates.
+    """
+
+    key: Key
+    leaf: Tensor
+    frames: tuple[Any, ...]
+    event_dim: int
+
+
+class NoiseView:
+    """The derivative of a stacked vector with respect to the noises of a program.
+
+    :param output: a tensor computed from the noises, at noise zero.
+    :param noises: the groups of noises that it may depend on.
+    :param differentiable: whether the coefficients are to be differentiated again.
+    :ivar noises: the groups that it does depend on.
+    """
+
+    def __init__(
+        self, output: Tensor, noises: list[Noise], differentiable: bool
+    ) -> None:
+        self.output = output
+        self.differentiable = differentiable
+        self.noises: list[Noise] = []
+        self._adjoint: list[Tensor] = []
+        if not noises or not output.requires_grad:
+            return
+        # The gradient is linear in the cotangent, so that its own derivative along a
+        # direction of the noise is the forward derivative of the output.
+        self._cotangent = torch.zeros_like(output, requires_grad=True)
+        adjoint = torch.autograd.grad(
+            output,
+            [noise.leaf for noise in noises],
+            self._cotangent,
+            create_graph=True,
+            allow_unused=True,
+        )
+        for noise, gradient in zip(noises, adjoint, strict=True):
+            if gradient is not None and gradient.requires_grad:
+                self.noises.append(noise)
+                self._adjoint.append(gradient)
+
+    def forward(self, directions: Mapping[Key, Tensor]) -> Tensor:
+        """Derivatives of the output along directions of the noises.
+
+        :param directions: for some groups, shape ``(n,)`` and then that of the group.
+        :returns: shape ``(n,)`` and then the shape of the output.
+        """
+        pairs = [
+            (adjoint, directions[noise.key])
+            for noise, adjoint in zip(self.noises, self._adjoint, strict=True)
+            if noise.key in directions
+        ]
+        if not pairs:
+            n = len(next(iter(directions.values()))) if directions else 1
+            return self.output.new_zeros((n,) + self.output.shape)
+        (result,) = torch.autograd.grad(
+            [adjoint for adjoint, _ in pairs],
+            self._cotangent,
+            [direction for _, direction in pairs],
+            retain_graph=True,
+            create_graph=self.differentiable,
+            is_grads_batched=True,
+            materialize_grads=True,
+        )
+        return result
+
+    def backward(self, cotangents: Tensor) -> dict[Key, Tensor]:
+        """The coefficients of some rows of the output: ``(n,) + group`` by group.
+
+        :param cotangents: shape ``(n,)`` and then the shape of the output.
+        """
+        if not self.noises:
+            return {}
+        gradients = torch.autograd.grad(
+            self.output,
+            [noise.leaf for noise in self.noises],
+            cotangents,
+            retain_graph=True,
+            create_graph=self.differentiable,
+            is_grads_batched=True,
+        )
+        return {n.key: g for n, g in zip(self.noises, gradients, strict=True)}
+
+
+class NoiseRun(InnerRun):
+    """An inner run under chosen noise.
+
+    :param until: the sites to see.
+    :param shared: what was executed already.
+    :param held: sites held at a value; what is computed from them is computed from
+        that.
+    :param probe: 0 for noise zero, at which derivatives are taken; otherwise the sign
+        of large noise, with which they are checked.
+
+    :ivar forms: the noise form of each Gaussian site.
+    :ivar noises: the groups of noises, by key (only for noise zero).
+    :ivar drawn: the noise that was put in, by key.
+    :ivar expressions: for held and observed Gaussian sites, what they would have been.
+    :ivar opaque: sites that are not Gaussian, with their distributions.
+    """
+
+    def __init__(
+        self,
+        until: Collection[str],
+        shared: dict[str, Shared],
+        held: Mapping[str, Tensor],
+        micro: Collection[str],
+        probe: int = 0,
+    ) -> None:
+        super().__init__(until, shared)
+        self.held, self.micro, self.probe = held, micro, probe
+        self.forms: dict[str, NoiseForm] = {}
+        self.noises: dict[Key, Noise] = {}
+        self.drawn: dict[Key, Tensor] = {}
+        self.expressions: dict[str, Tensor] = {}
+        self.opaque: dict[str, Any] = {}
+
+    def choose(self, msg: Message, site: Site) -> Any:
+        if site.name in self.micro:
+            refuse_fixed(msg, "macro_do")
+        if site.deterministic:
+            return msg["value"]
+        form = noise_form(site.fn)
+        fixed = self.held.get(site.name, msg["value"] if site.observed else None)
+        if form is None:
+            self.opaque[site.name] = site.fn
+            return draw(site.fn) if fixed is None else fixed
+        self.forms[site.name] = form
+        value = self._value(site, form)
+        if fixed is None:
+            return value
+        self.expressions[site.name] = value
+        return fixed
+
+    def _value(self, site: Site, form: NoiseForm) -> Tensor:
+        factor = None
+        if form.shape is not None:
+            like = form.scale if form.scale is not None else site.fn.loc
+            factor = self._noise(site, "factor", form.shape, like)
+        value = form.affine(factor)
+        if form.scale is None or (site.name in self.micro and not self.probe):
+            return value
+        # The noise that micro elements have for themselves needs no derivative
+        own = self._noise(site, "own", form.scale.shape, form.scale)
+        return value + form.scale * own
+
+    def _noise(self, site: Site, kind: str, shape: Size, like: Tensor) -> Tensor:
+        key = (site.name, kind)
+        if not self.probe:
+            leaf = torch.zeros(
+                shape, dtype=like.dtype, device=like.device, requires_grad=True
+            )
+            event_dim = len(shape) - len(site.fn.batch_shape)
+            self.noises[key] = Noise(key, leaf, site.frames, event_dim)
+            return leaf
+        # Large, and of both signs over two probes, so that kinks show; the global
+        # random state is not touched.
+        generator = torch.Generator().manual_seed(len(self.drawn))
+        draws = torch.randn(shape, generator=generator, dtype=torch.float64)
+        draws = self.probe * (draws + 3 * draws.sign())
+        self.drawn[key] = draws.to(dtype=like.dtype, device=like.device)
+        return self.drawn[key]

@@ -1,0 +1,107 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Reading a program: its sites in order, with plates and parents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.runtime import Message
+
+from pyro_macro.errors import UnknownSite
+from pyro_macro.program.inner import InnerRun, Shared, Site, preserved_random_state
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """What one run of a model shows.
+
+    :ivar sites: the sample sites in program order, deterministic ones among them.
+    :ivar params: the names of its parameters.
+    """
+
+    sites: dict[str, Site]
+    params: frozenset[str]
+
+    def ancestors(self, name: str) -> frozenset[str]:
+        """All sites with a directed path to ``name``."""
+        found: set[str] = set()
+        frontier = [name]
+        while frontier:
+            parents = self.sites[frontier.pop()].parents - found
+            found |= parents
+            frontier.extend(parents)
+        return frozenset(found)
+
+
+class _ReadingRun(InnerRun):
+    def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def choose(self, msg: Message, site: Site) -> Any:
+        if site.name in self.values:
+            return self.values[site.name]
+        if msg["value"] is not None:
+            return msg["value"]
+        return draw(site.fn)
+
+
+def draw(fn: Any) -> torch.Tensor:
+    """A private draw, after which the random state is what it was."""
+    some = next((v for v in vars(fn).values() if isinstance(v, torch.Tensor)), None)
+    device = torch.device("cpu") if some is None else some.device
+    with preserved_random_state(device), torch.no_grad():
+        return fn.sample()
+
+
+def read(
+    model: Callable[..., Any],
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+    *,
+    values: Mapping[str, torch.Tensor] | None = None,
+) -> Program:
+    """Runs a model once, unseen, and tells what it is made of.
+
+    Parents are found by watching the operations, through deterministic sites too: a
+    deterministic site is itself a parent of what is computed from it. Where the model
+    turns a tensor into a Python number, or branches on it, all that follows counts as
+    computed from it.
+
+    The parameter store, the random state and the buffers of modules are left as they
+    were.
+
+    :param model: a callable with Pyro primitives.
+    :param values: values to run under, by name of the site: all at once, so that each
+        site's distribution is a function of its parents' values alone.
+    :raises UnknownSite: if ``values`` names a site that the program does not have.
+
+    >>> import pyro.distributions as dist
+    >>> def model():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     x = pyro.deterministic("x", 2 * z)
+    ...     pyro.sample("y", dist.Normal(x, 1.0))
+    >>> {name: sorted(site.parents) for name, site in read(model).sites.items()}
+    {'z': [], 'x': ['z'], 'y': ['x']}
+    """
+    values = values or {}
+    store = pyro.get_param_store()
+    known = set(store.keys())
+    run = _ReadingRun(values)
+    with pyro.poutine.block():
+        run.run(model, model_args, model_kwargs or {})
+    for name in set(store.keys()) - known:
+        del store[name]
+    for name in values:
+        if name not in run.sites:
+            raise UnknownSite.named("values", name, run.sites)
+    return Program(run.sites, frozenset(run.params))
+
+
+__all__ = ["Program", "Shared", "Site", "draw", "read"]

@@ -1,0 +1,114 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""From which sites does a value come?
+
+Pyro's own provenance tracking wraps every tensor in a subclass, which models that
+copy tensors, call ``.item()`` or branch on a value defeat. Here the tensors stay
+what they are: a :class:`torch.overrides.TorchFunctionMode` watches the operations
+and notes the names of the sites on their results.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.distributions import Distribution, Transform
+from torch.overrides import TorchFunctionMode
+
+NOTHING: frozenset[str] = frozenset()
+
+# Operations that turn the content of a tensor into a Python or NumPy object.
+# Whatever runs afterwards may depend on it, so it is held to depend on it.
+_ESCAPES = frozenset(
+    {
+        "item",
+        "tolist",
+        "numpy",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "__array__",
+        "is_nonzero",
+        "equal",
+        "allclose",
+    }
+)
+_serial = itertools.count()
+
+
+class Tracker(TorchFunctionMode):
+    """Notes, while it is active, which sites each tensor is computed from.
+
+    >>> with Tracker() as tracker:
+    ...     a = tracker.mark(torch.tensor(1.0), {"a"})
+    ...     b = tracker.mark(torch.tensor(2.0), {"b"})
+    ...     c = (a + 1) * torch.ones(3)
+    >>> sorted(tracker.sources(c)), sorted(tracker.sources([b, c]))
+    (['a'], ['a', 'b'])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # An attribute of its own, so that nested trackers do not disturb each other
+        self._key = f"_pyro_macro_sources_{next(_serial)}"
+        self.escaped: frozenset[str] = NOTHING
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        sources = self._collect(args)
+        if kwargs:
+            sources |= self._collect(kwargs.values())
+        result = func(*args, **kwargs)
+        if sources:
+            name = getattr(func, "__name__", "")
+            if name in _ESCAPES:
+                self.escaped |= sources
+                return result
+            self._note(result, sources)
+            in_place = name == "__setitem__" or (
+                name.endswith("_") and not name.endswith("__")
+            )
+            if in_place and args:
+                self._note(args[0], sources)
+                if isinstance(args[0], torch.Tensor) and args[0]._base is not None:
+                    self._note(args[0]._base, sources)
+        return result
+
+    def mark(self, value: Any, names: Iterable[str]) -> Any:
+        """The same value, as a new tensor object, with ``names`` as all its sources."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        alias = value.view_as(value)
+        setattr(alias, self._key, frozenset(names))
+        return alias
+
+    def sources(self, thing: Any) -> frozenset[str]:
+        """The sites that a tensor, a distribution or a container is computed from."""
+        return self._collect((thing,))
+
+    def _note(self, result: Any, sources: frozenset[str]) -> None:
+        if isinstance(result, torch.Tensor):
+            setattr(result, self._key, getattr(result, self._key, NOTHING) | sources)
+        elif isinstance(result, (tuple, list)):
+            for part in result:
+                self._note(part, sources)
+
+    def _collect(self, things: Iterable[Any]) -> frozenset[str]:
+        found = NOTHING
+        for thing in things:
+            if isinstance(thing, torch.Tensor):
+                found |= getattr(thing, self._key, NOTHING)
+            elif isinstance(thing, (tuple, list, set, frozenset)):
+                found |= self._collect(thing)
+            elif isinstance(thing, dict):
+                found |= self._collect(thing.values())
+            elif isinstance(thing, (Distribution, Transform)):
+                found |= self._collect(vars(thing).values())
+        return found

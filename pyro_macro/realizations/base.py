@@ -1,0 +1,242 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from pyro_macro.errors import NotAMicroState, PyroMacroError, UnsupportedLaw
+from pyro_macro.laws.gaussian import Evidence, GaussianLaw, GaussianProgram
+from pyro_macro.macro import MacroVariable
+from pyro_macro.program.inner import Shared, Site
+from pyro_macro.program.layout import Layout
+
+
+def refuse_injective(what: str, macro: MacroVariable, state: Tensor) -> None:
+    """An error if the map is injective on micro states like this one."""
+    rows = macro.aggregation.weights(state)
+    if rows is not None and rows.shape[0] >= rows.shape[1]:
+        raise NotAMicroState(
+            f"{what}: the map is injective on a micro state of {rows.shape[1]} "
+            "element(s), so that nothing is aggregated (Definition 2). Aggregate more "
+            "sites, an event dimension or a plate (`over`), or use the site itself."
+        )
+
+
+def _same(state: Tensor) -> Tensor:
+    return state
+
+
+@dataclass(frozen=True, eq=False)
+class Realized:
+    """What a realization makes of an intervention on one program.
+
+    :ivar law: the distribution of the latent site, event shape ``(size,)``; a
+        ``Delta`` where nothing is random.
+    :ivar layout: the order of its elements, and the plates that it stays in.
+    :ivar push: from a draw of it to the micro state that propagates.
+    """
+
+    law: Any
+    layout: Layout
+    push: Callable[[Tensor], Tensor] = _same
+
+
+class MicroState:
+    """What a realization may know of the program it acts on.
+
+    :ivar macro: the macro-variable.
+    :ivar sites: its micro sites. For a realization that acts on the natural value,
+        with the distributions they have in this very run.
+    :ivar layout: the order of the elements of the micro state.
+    :ivar like: a tensor of the micro state's dtype and device.
+    """
+
+    def __init__(
+        self,
+        macro: MacroVariable,
+        program: GaussianProgram,
+        given: list[Evidence],
+        shared: dict[str, Shared],
+        sites: dict[str, Site],
+    ) -> None:
+        self.macro, self.program, self.given = macro, program, given
+        self.sites = sites
+        self._shared = shared
+        self.layout = Layout([sites[n] for n in macro.micro], macro.over, self.what)
+        for name in macro.micro:
+            for frame in sites[name].frames:
+                whole = frame.full_size in (None, frame.size)
+                if frame.name in macro.over and not whole:
+                    raise NotAMicroState(
+                        f"{self.what}: plate {frame.name!r} is subsampled "
+                        f"({frame.size} of {frame.full_size}), and the total of a "
+                        "subsample is not the total. Run the plate whole."
+                    )
+        value = sites[macro.micro[0]].value
+        self.like = value if value.is_floating_point() else torch.empty(())
+        refuse_injective(self.what, macro, self.like.new_zeros(self.layout.size))
+
+    @property
+    def what(self) -> str:
+        """How messages begin."""
+        return f"macro-variable {self.macro.name!r}"
+
+    @property
+    def weights(self) -> Tensor | None:
+        """The rows of a linear aggregation, shape ``(m, K)``; ``None`` for others."""
+        state = self.like.new_zeros(self.layout.size)
+        return self.macro.aggregation.weights(state)
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of a linear aggregation; others are refused."""
+        rows = self.weights
+        if rows is None:
+            raise UnsupportedLaw(
+                f"{self.what}: {self.macro.aggregation!r} is not linear, and the law "
+                "of the micro state given its value is known for linear ones. Use "
+                "Explicit, or Allocate where it scales."
+            )
+        return rows
+
+    def total(self, state: Tensor) -> Tensor:
+        """The macro value of a micro state."""
+        return self.macro.aggregation(state)
+
+    def gaussian(self) -> GaussianLaw:
+        """The law of the micro state, ancestors integrated out but for what is given.
+
+        :raises UnsupportedLaw: if it is not a Gaussian.
+        """
+        return self.program.law(
+            self.macro.micro, self.macro.over, self.what, self.given
+        )
+
+    def tensor(self, number: Any, role: str, event_dim: int | None = None) -> Tensor:
+        """A macro value as a tensor that broadcasts against the plates that stay.
+
+        :param role: what it is, for messages.
+        :raises PyroMacroError: if it is NaN or infinite, or has a wrong shape.
+        """
+        event_dim = self.macro.aggregation.event_dim if event_dim is None else event_dim
+        tensor = torch.as_tensor(number).to(self.like)
+        # A tensor that other code traces must not be looked into
+        if type(tensor) is Tensor and not torch.isfinite(tensor).all():
+            raise PyroMacroError(
+                f"{self.what}: {role} is {number}. Expected finite numbers."
+            )
+        if event_dim:
+            m = self.rows.shape[0] if self.weights is not None else None
+            if tensor.dim() < 1 or (m is not None and tensor.shape[-1] != m):
+                raise PyroMacroError(
+                    f"{self.what}: {role} has shape {tuple(tensor.shape)}. Expected "
+                    f"{m} values in the rightmost dimension, one for each row."
+                )
+        for frame in self.layout.frames:
+            if not frame.vectorized:
+                continue
+            dim = frame.dim - event_dim
+            if -dim > tensor.dim() or tensor.shape[dim] in (1, frame.size):
+                continue
+            if tensor.shape[dim] == frame.full_size and frame.name in self._shared:
+                indices = self._shared[frame.name].value
+                tensor = tensor.index_select(dim, indices.to(tensor.device))
+                continue
+            raise PyroMacroError(
+                f"{self.what}: {role} has shape {tuple(tensor.shape)}. Expected a "
+                f"shape that broadcasts against {tuple(self.layout.batch_shape)}, for "
+                f"plate {frame.name!r} of size {frame.size} at dim {frame.dim}."
+            )
+        return tensor
+
+    def fibre(self, law: GaussianLaw, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The linear equations that a vector in the law's layout has to meet.
+
+        :param value: the macro value, as from :meth:`tensor`.
+        :returns: rows ``(m, size)`` and values ``(..., m)``.
+        """
+        rows, event_dim = self.rows, self.macro.aggregation.event_dim
+        value = value if event_dim else value.unsqueeze(-1)
+        if not law.joint:
+            return rows, value
+        # The total holds at each place of the joint plates: one equation for each
+        for frame in self.layout.frames:
+            if frame.name in law.joint and frame.full_size not in (None, frame.size):
+                raise UnsupportedLaw(
+                    f"{self.what}: the micro states along plate {frame.name!r} are "
+                    "dependent, through sites outside of it, and the plate is "
+                    "subsampled. Hold these sites with given=[...], or run the plate "
+                    "whole."
+                )
+        places = self._places(law)
+        stand_in: Any = SimpleNamespace(
+            name="value", frames=self.layout.frames, event_shape=value.shape[-1:]
+        )
+        values = Layout([stand_in], law.joint).stack({"value": value})
+        count = values.shape[-1] // rows.shape[0]
+        slots = torch.arange(count, device=rows.device)
+        inside = places[1] == slots.unsqueeze(-1)  # (count, size)
+        spread = rows[:, places[0]] * inside.unsqueeze(1).to(rows)  # (count, m, size)
+        return spread.flatten(0, 1), values
+
+    def place(self, law: GaussianLaw, index: int) -> Tensor:
+        """Where one element of the micro state lies in the law's layout."""
+        if not law.joint:
+            return torch.tensor([index], device=self.like.device)
+        return (self._places(law)[0] == index).nonzero().squeeze(-1)
+
+    def _places(self, law: GaussianLaw) -> tuple[Tensor, Tensor]:
+        """For each element of the law's vector: its element here, and its slot."""
+        base = self.layout
+        sizes = {f.dim: f.size for f in base.frames if f.name in law.joint}
+        depth = len(base.batch_shape)
+        shape = Size(sizes.get(dim, 1) for dim in range(-depth, 0))
+        elements = torch.arange(base.size, device=self.like.device)
+        slots = torch.arange(math.prod(shape), device=self.like.device).reshape(shape)
+        slots = slots.unsqueeze(-1).expand(shape + (base.size,))
+
+        def moved(vector: Tensor) -> Tensor:
+            stacked = law.layout.stack(base.unstack(vector))
+            return stacked.reshape(-1, stacked.shape[-1])[0]
+
+        return moved(elements), moved(slots)
+
+
+Given = str | MacroVariable | Sequence[str | MacroVariable]
+
+
+def as_given(given: Given) -> tuple[str | MacroVariable, ...]:
+    """What is given, as a tuple."""
+    return (given,) if isinstance(given, (str, MacroVariable)) else tuple(given)
+
+
+class Realization(ABC):
+    """A micro-realization of a macro intervention (Definition 4 of the paper).
+
+    A new one is a short file: it owes :meth:`realize`. Instances are immutable, carry
+    the macro value, and can be used on any number of models.
+
+    :ivar given: sites or macro-variables that are held at their value in the run.
+    :cvar acts_on_natural: whether it changes the micro state that nature has drawn,
+        instead of replacing it.
+    """
+
+    given: Any = ()
+    acts_on_natural: bool = False
+
+    @abstractmethod
+    def realize(self, state: MicroState) -> Realized:
+        """The distribution of the micro state under the intervention."""
+
+    def macro_value(self, state: MicroState) -> Tensor | None:
+        """The macro value that is set; ``None`` if it follows from the micro state."""
+        return state.tensor(self.value, "value")  # type: ignore[attr-defined]

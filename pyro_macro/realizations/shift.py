@@ -1,0 +1,100 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyro_macro.errors import OffFibre, PyroMacroError
+from pyro_macro.laws.fibre import NaturalNormal
+from pyro_macro.laws.product import StackedSites
+from pyro_macro.realizations.base import (
+    Given,
+    MicroState,
+    Realization,
+    Realized,
+    as_given,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Shift(Realization):
+    """The natural micro state plus ``delta * along`` (Appendices B and C.1).
+
+    The macro value moves by ``delta`` from whatever it naturally is, and the structural
+    coefficient is ``alpha . along``. It acts on the natural value: the micro state
+    stays dependent on its parents, and the latent site holds the natural state before
+    the shift.
+
+    :param delta: by how much the macro value moves.
+    :param along: the direction, ``pi(along) = 1``: shape ``(K,)``. By default the
+        natural direction ``Cov(X, Xb) / Var(Xb)``, for which the structural
+        coefficient is that of the natural realization.
+    :param given: what is held when the natural direction is computed, as for
+        :class:`~pyro_macro.Natural`; parameters and their priors belong there.
+
+    >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
+    >>> def shop():
+    ...     x1 = pyro.sample("x1", dist.Normal(10.0, 2.0))
+    ...     x2 = pyro.sample("x2", dist.Normal(20.0, 1.0))
+    >>> sales = pm.MacroVariable("sales", micro=["x1", "x2"])
+    >>> shifted = pm.macro_do(shop, {sales: pm.Shift(5.0)})
+    >>> nodes = pyro.poutine.trace(shifted).get_trace().nodes
+    >>> natural = nodes["sales__micro"]["value"]
+    >>> nodes["x1"]["value"] - natural[0], nodes["x2"]["value"] - natural[1]
+    (tensor(4.), tensor(1.))
+    """
+
+    delta: float | Tensor
+    along: Tensor | Sequence[float] | None = None
+    given: Given = ()
+    acts_on_natural = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "given", as_given(self.given))
+
+    def macro_value(self, state: MicroState) -> None:
+        return None
+
+    def realize(self, state: MicroState) -> Realized:
+        delta = state.tensor(self.delta, "delta", event_dim=0)
+        step = self._step(state, delta)
+        parts = {name: state.sites[name].fn for name in state.macro.micro}
+        return Realized(
+            StackedSites(parts, state.layout),
+            state.layout,
+            lambda natural: natural + step,
+        )
+
+    def _step(self, state: MicroState, delta: Tensor) -> Tensor:
+        if state.rows.shape[0] != 1:
+            raise PyroMacroError(
+                f"{state.what}: a vector of macro values has no single direction to "
+                "shift along. Shift one macro-variable for each row."
+            )
+        if self.along is None:
+            law = state.gaussian()
+            rows, moved = state.fibre(law, delta)
+            gain = NaturalNormal(law.loc, law.covariance, rows, moved).gain
+            step = (gain @ moved.unsqueeze(-1)).squeeze(-1)
+            return state.layout.stack(law.layout.unstack(step))
+        along = torch.as_tensor(self.along).to(state.like)
+        if along.dim() < 1 or along.shape[-1] != state.layout.size:
+            raise PyroMacroError(
+                f"{state.what}: along has shape {tuple(along.shape)}. Expected "
+                f"{state.layout.size} in the rightmost dimension, for "
+                f"{state.layout.describe()}."
+            )
+        total = state.total(along)
+        if type(total) is Tensor and not torch.allclose(
+            total, torch.ones_like(total), rtol=1e-4, atol=1e-5
+        ):
+            raise OffFibre(
+                f"{state.what}: along has macro value {total.tolist()}. Expected 1, so "
+                "that delta is what the macro value moves by: divide it by that."
+            )
+        return delta.unsqueeze(-1) * along
