@@ -11,33 +11,25 @@ from typing import Any, TypeVar, overload
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.ops.provenance import detach_provenance
+from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.runtime import Message, apply_stack
-from pyro.poutine.util import is_validation_enabled, site_is_subsample
+from pyro.poutine.util import (
+    is_validation_enabled,
+    site_is_factor,
+    site_is_subsample,
+)
 from torch import Tensor
 
-from pyro_macro.errors import (
-    OffFibre,
-    PyroMacroError,
-    UnknownSite,
-    UnsupportedLaw,
-)
+from pyro_macro.errors import OffFibre, PyroMacroError, UnknownSite
+from pyro_macro.intervention import Ahead, OnTheFly, Pending, Target, base, fixed
 from pyro_macro.laws.fibre import tolerance
-from pyro_macro.laws.gaussian import Evidence, GaussianProgram
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import (
-    InnerRun,
-    Shared,
-    Site,
-    refuse_fixed,
-    replay,
-)
+from pyro_macro.program.inner import Site, is_deterministic, replay
 from pyro_macro.program.layout import Layout
-from pyro_macro.program.reading import draw
-from pyro_macro.realizations import MicroState, Natural, Realization, Realized
-from pyro_macro.realizations.base import as_given, refuse_injective
+from pyro_macro.realizations import MicroState, Realization
+from pyro_macro.realizations.base import refuse_injective
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -139,7 +131,12 @@ def macro_do(fn: Any = None, interventions: Any = None) -> Any:
 
 
 class _Handler(Messenger):
-    """What both handlers share: wrapping, and adding sites from inside a run."""
+    """What both handlers share: wrapping, and adding sites from inside a run.
+
+    :ivar wrapped: whether this is a run of a wrapped model, or a context.
+    """
+
+    wrapped = False
 
     def __call__(self, fn: Any) -> Any:
         if not callable(fn):
@@ -168,10 +165,12 @@ class _Handler(Messenger):
         frames: tuple[Any, ...],
         value: Tensor | None = None,
     ) -> Message:
-        """A new site at the place of this handler.
+        """A new site, of the plates ``frames`` inside and all plates outside.
 
-        Handlers between the model and this one do not see it; their plates, scale and
-        mask are those of the message ``like``.
+        Around a wrapped model, the site stands at the place of this handler: handlers
+        of the model itself do not see it, and their scale and mask are those of the
+        message ``like``. In a context, handlers entered later are the user's, such as
+        ``trace``, and do see it.
         """
         msg = Message(
             type="sample",
@@ -189,14 +188,22 @@ class _Handler(Messenger):
             stop=False,
             continuation=None,
         )
-        inside = False
+        inside, kept = False, {frame.name for frame in frames}
 
-        def is_inside(messenger: Messenger) -> bool:
+        def is_hidden(messenger: Messenger) -> bool:
             nonlocal inside
             was, inside = inside, inside or messenger is self
-            return was
+            if self.wrapped:
+                return was
+            return (
+                was
+                and isinstance(messenger, IndepMessenger)
+                and (messenger.name not in kept)
+            )
 
-        with block_messengers(is_inside):
+        if not self.wrapped:
+            msg["scale"], msg["mask"], msg["cond_indep_stack"] = 1.0, None, ()
+        with block_messengers(is_hidden):
             apply_stack(msg)
         return msg
 
@@ -237,7 +244,9 @@ class Aggregate(_Handler):
         self._met: set[str] = set()
 
     def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        with Aggregate(self.macros):
+        handler = Aggregate(self.macros)  # of its own for each run: runs may nest
+        handler.wrapped = True
+        with handler:
             return fn(*args, **kwargs)
 
     def __enter__(self) -> Aggregate:
@@ -292,63 +301,31 @@ class Aggregate(_Handler):
         self._emit(msg, macro.name, fn, layout.frames, value)
 
 
-class MacroDo(_Handler):
-    """The handler behind :func:`macro_do`."""
+class _Setting(_Handler):
+    """Replaces micro sites by what their realization makes of them."""
 
-    def __init__(
-        self, interventions: Mapping[MacroVariable, Realization] | None
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.interventions = _checked(interventions)
-        self._targets: dict[str, _Target] = {}
-        self._shared: dict[str, Shared] = {}
+        self._targets: dict[str, Target] = {}
+        # The value of each micro site on its way out, by the identity of its message
         self._expected: dict[int, tuple[str, Tensor]] = {}
 
-    def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        # A handler of its own for each run: runs may nest
-        handler = MacroDo(self.interventions)
-        ahead = _Ahead(self.interventions, (fn, args, kwargs))
-        handler._targets = ahead.targets()
-        handler._shared = ahead.shared
-        with handler:
-            return fn(*args, **kwargs)
-
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        if exc[0] is None:
-            for name, target in self._targets.items():
-                if name not in target.met:
-                    raise UnknownSite(
-                        f"{target.what}: micro site {name!r} was met when the program "
-                        "was read, but not in the run itself. Expected a program "
-                        "whose sites do not depend on chance."
-                    )
-
-    def _pyro_param(self, msg: Message) -> None:
-        if msg["name"] in self._shared:
-            replay(msg, self._shared[str(msg["name"])])
-
-    def _pyro_sample(self, msg: Message) -> None:
-        name = str(msg["name"])
-        if name in self._shared:
-            replay(msg, self._shared[name])
-            return
-        target = self._targets.get(name)
-        if target is None:
-            return
+    def _refuse_do(self, macro: MacroVariable, name: str, msg: Message) -> None:
         if msg.get("_intervener_id") is not None:
             outside = any(name == known for known, _ in self._expected.values())
             raise PyroMacroError(
-                f"{target.what}: micro site {name!r} is also set by a `poutine.do` "
-                f"{'outside' if outside else 'inside'}. Both cannot hold: drop one of "
-                "the two interventions."
+                f"macro-variable {macro.name!r}: micro site {name!r} is also set by a "
+                f"`poutine.do` {'outside' if outside else 'inside'}. Both cannot hold: "
+                "drop one of the two interventions."
             )
+
+    def _set(self, target: Target, name: str, msg: Message) -> None:
+        """Makes a micro site deterministic, drawing the micro state if need be."""
         if target.values is None:
-            self._realize(target, msg)
-        assert target.values is not None
-        target.met.add(name)
+            target.values = self._realize(target, msg)
         value = target.values[name]
-        msg["fn"] = _fixed(value, len(target.state.sites[name].event_shape))
+        target.met.add(name)
+        msg["fn"] = fixed(value, len(target.state.sites[name].event_shape))
         msg["value"] = value
         msg["is_observed"] = True
         msg["infer"] = {**(msg["infer"] or {}), "_deterministic": True}
@@ -357,41 +334,34 @@ class MacroDo(_Handler):
     def _pyro_post_sample(self, msg: Message) -> None:
         name, value = self._expected.pop(id(msg), ("", None))
         if value is not None:
-            _refuse_changed(
-                self._targets[name].what, f"micro site {name!r}", value, msg
-            )
+            what = self._targets[name].what
+            _refuse_changed(what, f"micro site {name!r}", value, msg)
 
-    def _realize(self, target: _Target, msg: Message) -> None:
-        """Draws the micro state, at the place of its first site."""
+    def _realize(self, target: Target, msg: Message) -> dict[str, Tensor]:
+        """Adds the latent site and the macro value; the values of the micro sites."""
         state, realized, macro = target.state, target.realized, target.state.macro
         _refuse_mask(target, msg)
-        if isinstance(_base(realized.law), dist.Delta):
-            draw = _base(realized.law).v
+        if isinstance(base(realized.law), dist.Delta):
+            draw = base(realized.law).v
         else:
             draw = self._latent(target, msg)
-        vector = realized.push(draw)
-        target.values = values = realized.layout.unstack(vector)
+        values = realized.layout.unstack(realized.push(draw))
         micro = state.layout.stack(values)
         event_dim = macro.aggregation.event_dim
-        set_to = target.value
-        value = state.total(micro) if set_to is None else set_to
-        batch = value.shape[: value.dim() - event_dim]
-        batch = torch.broadcast_shapes(batch, state.layout.batch_shape)
-        value = value.expand(batch + value.shape[value.dim() - event_dim :])
-        site = self._emit(
-            msg,
-            macro.name,
-            _deterministic(value, event_dim),
-            state.layout.frames,
-            value,
-        )
+        value = state.total(micro) if target.value is None else target.value
+        split = value.dim() - event_dim
+        batch = torch.broadcast_shapes(value.shape[:split], state.layout.batch_shape)
+        value = value.expand(batch + value.shape[split:])
+        fn = _deterministic(value, event_dim)
+        site = self._emit(msg, macro.name, fn, state.layout.frames, value)
         _refuse_changed(target.what, f"the macro value {macro.name!r}", value, site)
-        if set_to is not None:
-            _refuse_unexplained(target.what, set_to, event_dim, site)
+        if target.value is not None:
+            _refuse_unexplained(target.what, target.value, event_dim, site)
             if is_validation_enabled():
-                _refuse_off_fibre(target.what, state, micro, set_to)
+                _refuse_off_fibre(target.what, state, micro, target.value)
+        return values
 
-    def _latent(self, target: _Target, msg: Message) -> Tensor:
+    def _latent(self, target: Target, msg: Message) -> Tensor:
         name = f"{target.state.macro.name}__micro"
         law, layout = target.realized.law, target.realized.layout
         batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
@@ -406,196 +376,121 @@ class MacroDo(_Handler):
         return site["value"]  # type: ignore[return-value]
 
 
+class _Prepared(_Setting):
+    """One run of a wrapped model, which was read ahead."""
+
+    wrapped = True
+
+    def __init__(self, ahead: Ahead) -> None:
+        super().__init__()
+        self._targets = ahead.targets()
+        self._shared = ahead.shared
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        if exc[0] is not None:
+            return
+        for name, target in self._targets.items():
+            if name not in target.met:
+                raise UnknownSite(
+                    f"{target.what}: micro site {name!r} was met when the program was "
+                    "read, but not in the run itself. Expected a program whose sites "
+                    "do not depend on chance."
+                )
+
+    def _pyro_param(self, msg: Message) -> None:
+        if msg["name"] in self._shared:
+            replay(msg, self._shared[str(msg["name"])])
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name = str(msg["name"])
+        if name in self._shared:
+            replay(msg, self._shared[name])
+        elif name in self._targets:
+            target = self._targets[name]
+            self._refuse_do(target.state.macro, name, msg)
+            self._set(target, name, msg)
+
+
+class MacroDo(_Setting):
+    """The handler behind :func:`macro_do`.
+
+    As a context manager it takes the program as it comes; wrapped models are read
+    ahead by :class:`_Prepared`.
+    """
+
+    def __init__(
+        self, interventions: Mapping[MacroVariable, Realization] | None
+    ) -> None:
+        super().__init__()
+        self.interventions = _checked(interventions)
+        self._begin()
+
+    def _begin(self) -> None:
+        self._targets, self._expected = {}, {}
+        self._collected: dict[str, OnTheFly] = {}
+        for macro, realization in self.interventions.items():
+            collector = OnTheFly(macro, realization)
+            self._collected |= {name: collector for name in macro.micro}
+        self._known: dict[str, Tensor] = {}  # the sites so far, by name
+        self._latent_sites: set[str] = set()  # those among them that are random
+        self._passing: dict[int, str] = {}
+
+    def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+        with _Prepared(Ahead(self.interventions, (fn, args, kwargs))):
+            return fn(*args, **kwargs)
+
+    def __enter__(self) -> MacroDo:
+        self._begin()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
+        if exc[0] is not None:
+            return
+        for name, collector in self._collected.items():
+            if name not in collector.sites:
+                what = f"macro-variable {collector.macro.name!r}"
+                met = {*self._known, *collector.sites}
+                raise UnknownSite.named(what, name, met)
+
+    def _pyro_sample(self, msg: Message) -> None:
+        name = str(msg["name"])
+        collector = self._collected.get(name)
+        if collector is None:
+            self._passing[id(msg)] = name
+            return
+        self._refuse_do(collector.macro, name, msg)
+        what = f"macro-variable {collector.macro.name!r}"
+        if not collector.meet(Site.of(msg)):
+            msg["value"] = pending = Pending.of(name, what)
+            msg["fn"] = fixed(torch.empty(msg["fn"].batch_shape), 0)  # type: ignore[attr-defined]
+            msg["is_observed"] = True
+            msg["infer"] = {**(msg["infer"] or {}), "_deterministic": True}
+            collector.pending[name] = pending
+            return
+        target = collector.target(self._known, self._latent_sites)
+        self._targets |= {name: target for name in collector.macro.micro}
+        self._set(target, name, msg)
+        assert target.values is not None
+        collector.fill(target.values)
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        super()._pyro_post_sample(msg)
+        name = self._passing.pop(id(msg), None)
+        if name is None or site_is_subsample(msg) or site_is_factor(msg):
+            return
+        self._known[name] = msg["value"]  # type: ignore[assignment]
+        if not (msg["is_observed"] or is_deterministic(msg)):
+            self._latent_sites.add(name)
+
+
 _GRID = (
     "A grid of macro values needs a plate of its own: run the intervened model inside "
     "`with pyro.plate('grid', n, dim=d):`, with d left of all plates of the model, and "
     "give the values the shape (n, 1, ..., 1) that puts them there."
 )
-
-
-class _Target:
-    """One intervention in one run."""
-
-    def __init__(self, state: MicroState, realization: Realization) -> None:
-        self.state = state
-        self.what = state.what
-        self.value = realization.macro_value(state)
-        self.realized: Realized = realization.realize(state)
-        self.values: dict[str, Tensor] | None = None
-        self.met: set[str] = set()
-
-
-class _Lookahead(InnerRun):
-    """Executes, ahead of the real run, what no intervention changes.
-
-    Sites that are no micro sites, and not downstream of one, are executed visibly: the
-    real run finds them done. The others get private draws.
-    """
-
-    def __init__(self, until: Iterable[str], micro: Iterable[str]) -> None:
-        super().__init__(set(until))
-        self.changed = set(micro)
-        self.micro = frozenset(self.changed)
-
-    def choose(self, msg: Message, site: Site) -> Any:
-        if site.name in self.micro:
-            refuse_fixed(msg, "macro_do")
-        elif not site.parents & self.changed:
-            return None
-        self.changed.add(site.name)
-        return draw(site.fn) if msg["value"] is None else msg["value"]
-
-
-class _Ahead:
-    """Reads a program ahead of its real run, as far as its interventions need."""
-
-    def __init__(
-        self,
-        interventions: Mapping[MacroVariable, Realization],
-        model: tuple[Callable[..., Any], tuple, dict],
-    ) -> None:
-        self.interventions, self.model = interventions, model
-        self.shared: dict[str, Shared] = {}
-        self.micro = {n: macro for macro in interventions for n in macro.micro}
-
-    def targets(self) -> dict[str, _Target]:
-        """The target of each micro site."""
-        natural = self._look()
-        found: dict[str, _Target] = {}
-        laws: list[tuple[MacroVariable, Realization, GaussianProgram]] = []
-        for macro, realization in self.interventions.items():
-            held, evidence, sites = self._given(macro, realization)
-            program = GaussianProgram(
-                self.model, macro.micro, [*macro.micro, *sites], self.shared, held
-            )
-            for name in macro.micro:
-                self._refuse(macro, name, program.sites)
-            own = natural if realization.acts_on_natural else program.sites
-            sites_now = {name: own[name] for name in macro.micro}
-            state = MicroState(macro, program, evidence, self.shared, sites_now)
-            target = _Target(state, realization)
-            found |= {name: target for name in macro.micro}
-            laws.append((macro, realization, program))
-        _refuse_dependent(laws)
-        return found
-
-    def _look(self) -> dict[str, Site]:
-        """Executes what is given, and what a natural value depends on."""
-        until: set[str] = set()
-        for macro, realization in self.interventions.items():
-            for thing in realization.given:
-                until |= {thing} if isinstance(thing, str) else set(thing.micro)
-            if realization.acts_on_natural:
-                until |= set(macro.micro)
-        if not until:
-            return {}
-        run = _Lookahead(until, self.micro)
-        run.run(*self.model)
-        self.shared = run.shared
-        self.changed, self.sites, self.params = run.changed, run.sites, run.params
-        return run.sites
-
-    def _given(
-        self, macro: MacroVariable, realization: Realization
-    ) -> tuple[dict[str, Tensor], list[Evidence], list[str]]:
-        """What is held, what else is known, and the sites that the latter needs."""
-        held: dict[str, Tensor] = {}
-        evidence: list[Evidence] = []
-        needed: list[str] = []
-        what = f"macro-variable {macro.name!r}: given"
-        for thing in realization.given:
-            if isinstance(thing, str):
-                if thing in self.params and thing not in self.sites:
-                    continue  # parameters are held anyway
-                self._refuse_given(what, thing)
-                held[thing] = self.shared[thing].value
-                continue
-            evidence.append(self._known(what, thing))
-            needed.extend(thing.micro)
-        return held, evidence, needed
-
-    def _refuse_given(self, what: str, name: str, intervened: bool = False) -> None:
-        if name not in self.sites:
-            raise UnknownSite.named(what, name, {*self.sites, *self.params})
-        if name in self.changed and not intervened:
-            raise PyroMacroError(
-                f"{what}: site {name!r} is a micro site of an intervention, or "
-                "downstream of one, so that it has no value to be held at yet. Give "
-                "sites that the interventions do not act on, or a macro-variable "
-                "that is itself intervened on."
-            )
-
-    def _known(self, what: str, macro: MacroVariable) -> Evidence:
-        intervened = self.interventions.get(macro)
-        for name in macro.micro:
-            self._refuse_given(what, name, intervened is not None)
-        sites = [self.sites[name] for name in macro.micro]
-        layout = Layout(sites, macro.over, f"macro-variable {macro.name!r}")
-        event_dim = macro.aggregation.event_dim
-        if intervened is None:
-            state = layout.stack({n: self.shared[n].value for n in macro.micro})
-            value = macro.aggregation(state)
-        else:
-            number = getattr(intervened, "value", None)
-            if number is None:
-                raise PyroMacroError(
-                    f"{what}: {macro.name!r} is shifted, not set to a value, in the "
-                    "same macro_do. Nest two macro_do instead."
-                )
-            value = torch.as_tensor(number).to(sites[0].value)
-        return Evidence(
-            name=macro.name,
-            of=lambda run: macro.aggregation(
-                layout.stack({n: run.sites[n].value for n in macro.micro})
-            ),
-            value=value,
-            sites=macro.micro,
-            frames=layout.frames,
-            event_shape=value.shape[value.dim() - event_dim :],
-        )
-
-    def _refuse(self, macro: MacroVariable, name: str, sites: dict[str, Site]) -> None:
-        what = f"macro-variable {macro.name!r}"
-        if name not in sites:
-            raise UnknownSite.named(what, name, sites)
-        site = sites[name]
-        if isinstance(_base(site.fn), _Fixed):
-            raise PyroMacroError(
-                f"{what}: micro site {name!r} is already set by a macro_do inside. Two "
-                "interventions need disjoint micro sites: drop one, or state a single "
-                "realization for both."
-            )
-        if site.observed:
-            raise PyroMacroError(
-                f"{what}: micro site {name!r} is observed, and cannot be both observed "
-                "and set. Run the model without that observation "
-                "(`poutine.uncondition`, or no `obs=`)."
-            )
-
-
-def _refuse_dependent(
-    laws: list[tuple[MacroVariable, Realization, GaussianProgram]],
-) -> None:
-    """Two natural realizations in one handler are drawn apart: they must be apart."""
-    for i, (macro, realization, program) in enumerate(laws):
-        for other, other_realization, other_program in laws[:i]:
-            if not isinstance(realization, Natural):
-                continue
-            if not isinstance(other_realization, Natural):
-                continue
-            if other in as_given(realization.given):
-                continue
-            if macro in as_given(other_realization.given):
-                continue
-            mine = program.latent_sources(macro.micro)
-            common = mine & other_program.latent_sources(other.micro)
-            if common:
-                raise UnsupportedLaw(
-                    f"macro-variables {other.name!r} and {macro.name!r} are dependent, "
-                    f"through {sorted(common)}, and it is not stated how they are "
-                    f"realized together. Say Natural(..., given=[{other.name}]) for "
-                    f"{macro.name!r}, hold the common sites, or nest two macro_do."
-                )
 
 
 def _checked(
@@ -643,7 +538,7 @@ def _refuse_repeated(who: str, macros: Iterable[MacroVariable]) -> None:
             )
 
 
-def _refuse_mask(target: _Target, msg: Message) -> None:
+def _refuse_mask(target: Target, msg: Message) -> None:
     mask = msg["mask"]
     if not isinstance(mask, Tensor):
         return
@@ -658,8 +553,15 @@ def _refuse_mask(target: _Target, msg: Message) -> None:
 
 
 def _refuse_changed(what: str, which: str, value: Tensor, msg: Message) -> None:
-    found: Any = msg["value"]
-    if detach_provenance(found) is not detach_provenance(value):
+    found: Any = detach_provenance(msg["value"])  # type: ignore[type-var]
+    known = detach_provenance(value)
+    same = found is known or (
+        # the same tensor behind another object, as inner runs hand out
+        isinstance(found, Tensor)
+        and found.shape == known.shape
+        and found.data_ptr() == known.data_ptr()
+    )
+    if not same:
         raise PyroMacroError(
             f"{what}: {which} is set by macro_do, and a handler outside (condition, do "
             "or the like) gave it another value. Condition the latent site "
@@ -705,33 +607,3 @@ def _refuse_off_fibre(
             "set, in every draw. Look at the distribution of the realization, or at "
             "what a handler outside does to the latent site."
         )
-
-
-class _NoParameters(PyroMacroError, AttributeError):
-    """So that ``hasattr`` answers, and whoever asks further is told why."""
-
-
-class _Fixed(dist.Delta):
-    """The distribution of a micro site that an intervention has set."""
-
-
-class _MaskedFixed(MaskedDistribution):
-    """The same, outside of the log density, as in ``pyro.deterministic``."""
-
-    @property
-    def loc(self) -> Tensor:
-        raise _NoParameters(
-            "a micro site that macro_do has set cannot be reparametrized: it is no "
-            "longer random. Drop it from the configuration, or put reparam inside: "
-            "macro_do(poutine.reparam(model, config), interventions)."
-        )
-
-
-def _fixed(value: Tensor, event_dim: int) -> Any:
-    return _MaskedFixed(_Fixed(value, event_dim=event_dim), False)
-
-
-def _base(fn: Any) -> Any:
-    while isinstance(fn, (MaskedDistribution, torch.distributions.Independent)):
-        fn = fn.base_dist
-    return fn

@@ -33,16 +33,27 @@ class Covariance(ABC):
     def logdet(self) -> Tensor:
         """The logarithm of the determinant, of the shape of the batch."""
 
+    @property
     @abstractmethod
-    def sample(self, shape: Size, like: Tensor) -> Tensor:
-        """Centred normal draws of shape ``shape + (K,)``, reparametrized.
+    def noise_size(self) -> int:
+        """How many standard normal numbers make one draw."""
 
-        :param shape: a shape that the batch broadcasts to.
-        """
+    @abstractmethod
+    def colour(self, noise: Tensor) -> Tensor:
+        """Standard normal noise ``(..., noise_size)`` as centred draws ``(..., K)``."""
 
     @abstractmethod
     def diagonal(self) -> Tensor:
         """The variances, shape ``(..., K)``."""
+
+    def sample(self, shape: Size, like: Tensor) -> Tensor:
+        """Centred normal draws of shape ``shape + (K,)``, reparametrized.
+
+        :param shape: a shape that the batch broadcasts to.
+        :param like: a tensor with the dtype and device of the draws.
+        """
+        size = shape + Size([self.noise_size])
+        return self.colour(torch.randn(size, dtype=like.dtype, device=like.device))
 
     def quadratic(self, vector: Tensor) -> Tensor:
         """``x' C^-1 x`` for ``x`` of shape ``(..., K)``."""
@@ -73,9 +84,12 @@ class Diagonal(Covariance):
     def logdet(self) -> Tensor:
         return self.variance.log().sum(-1)
 
-    def sample(self, shape: Size, like: Tensor) -> Tensor:
-        size = self.variance.shape[-1:]
-        return self.variance.sqrt() * _normal(shape + size, like)
+    @property
+    def noise_size(self) -> int:
+        return self.variance.shape[-1]
+
+    def colour(self, noise: Tensor) -> Tensor:
+        return self.variance.sqrt() * noise
 
     def diagonal(self) -> Tensor:
         return self.variance
@@ -101,9 +115,12 @@ class Dense(Covariance):
     def logdet(self) -> Tensor:
         return 2 * self.cholesky.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
-    def sample(self, shape: Size, like: Tensor) -> Tensor:
-        noise = _normal(shape + self.cholesky.shape[-1:], like)
-        return (self.cholesky @ noise.unsqueeze(-1)).squeeze(-1)
+    @property
+    def noise_size(self) -> int:
+        return self.cholesky.shape[-1]
+
+    def colour(self, noise: Tensor) -> Tensor:
+        return matvec(self.cholesky, noise)
 
     def diagonal(self) -> Tensor:
         return self.cholesky.square().sum(-1)
@@ -137,10 +154,13 @@ class Shared(Covariance):
     def logdet(self) -> Tensor:
         return self.base.logdet() + Dense(self._cholesky).logdet()
 
-    def sample(self, shape: Size, like: Tensor) -> Tensor:
-        noise = _normal(shape + self.factor.shape[-1:], like)
-        shared = (self.factor @ noise.unsqueeze(-1)).squeeze(-1)
-        return self.base.sample(shape, like) + shared
+    @property
+    def noise_size(self) -> int:
+        return self.base.noise_size + self.factor.shape[-1]
+
+    def colour(self, noise: Tensor) -> Tensor:
+        own, shared = noise.split([self.base.noise_size, self.factor.shape[-1]], -1)
+        return self.base.colour(own) + matvec(self.factor, shared)
 
     def diagonal(self) -> Tensor:
         return self.base.diagonal() + self.sign * self.factor.square().sum(-1)
@@ -156,13 +176,13 @@ class Explained(Shared):
 
     sign = -1
 
-    def sample(self, shape: Size, like: Tensor) -> Tensor:
+    def colour(self, noise: Tensor) -> Tensor:
         # Draw the elements, then the known quantities given them, and take out what
         # the latter explain.
-        draw = self.base.sample(shape, like)
-        noise = _normal(shape + self.factor.shape[-1:], like).unsqueeze(-1)
-        known = self._solved.mT @ draw.unsqueeze(-1) + self._cholesky @ noise
-        return draw - (self.factor @ known).squeeze(-1)
+        own, rest = noise.split([self.base.noise_size, self.factor.shape[-1]], -1)
+        draw = self.base.colour(own)
+        known = matvec(self._solved.mT, draw) + matvec(self._cholesky, rest)
+        return draw - matvec(self.factor, known)
 
 
 class Blocks(Covariance):
@@ -201,9 +221,13 @@ class Blocks(Covariance):
     def logdet(self) -> Tensor:
         return self.within.logdet().sum(-1)
 
-    def sample(self, shape: Size, like: Tensor) -> Tensor:
-        draw = self.within.sample(shape + self.grid[1:2], like)
-        return self._join(draw.unsqueeze(-1)).squeeze(-1)
+    @property
+    def noise_size(self) -> int:
+        return self.grid[1] * self.within.noise_size
+
+    def colour(self, noise: Tensor) -> Tensor:
+        split = noise.unflatten(-1, (self.grid[1], self.within.noise_size))
+        return self._join(self.within.colour(split).unsqueeze(-1)).squeeze(-1)
 
     def diagonal(self) -> Tensor:
         return self._join(self.within.diagonal().unsqueeze(-1)).squeeze(-1)
@@ -219,5 +243,8 @@ def log_normal(covariance: Covariance, centred: Tensor) -> Tensor:
     )
 
 
-def _normal(shape: Size, like: Tensor) -> Tensor:
-    return torch.randn(shape, dtype=like.dtype, device=like.device)
+def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
+    """``matrix @ vector``, batched; one large product where the matrix is single."""
+    if matrix.dim() == 2:
+        return vector @ matrix.mT
+    return (matrix @ vector.unsqueeze(-1)).squeeze(-1)

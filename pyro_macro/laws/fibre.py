@@ -13,7 +13,8 @@ from torch import Size, Tensor
 from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import Transform
 
-from pyro_macro.laws.covariance import Covariance, Dense, log_normal
+from pyro_macro.laws.covariance import Covariance, Dense, log_normal, matvec
+from pyro_macro.program.noise import NoiseForm, noise_form
 
 
 def tolerance(tensor: Tensor) -> float:
@@ -176,9 +177,13 @@ class FibreDistribution(TorchDistribution):
     def support(self) -> Fibre:  # type: ignore[override]
         return Fibre(self.rows, self.value, self.pivots)
 
-    def _draw(self, sample_shape: Any) -> Tensor:
+    def rsample(self, sample_shape: Any = Size()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
-        return self.loc + self.covariance.sample(shape, self.loc)
+        return self._onto(self.loc + self.covariance.sample(shape, self.loc))
+
+    def _onto(self, x: Tensor) -> Tensor:
+        """The affine map that takes a draw of ``X`` to the fibre."""
+        raise NotImplementedError
 
     def _miss(self, x: Tensor) -> Tensor:
         return self.value - x @ self.rows.mT
@@ -186,6 +191,17 @@ class FibreDistribution(TorchDistribution):
     @property
     def covariance_matrix(self) -> Tensor:
         raise NotImplementedError
+
+
+@noise_form.register(FibreDistribution)
+def _fibre_noise(fn: FibreDistribution) -> NoiseForm:
+    """So that a program under one macro intervention can be read for the next."""
+
+    def affine(noise: Tensor | None) -> Tensor:
+        assert noise is not None
+        return fn._onto(fn.loc + fn.covariance.colour(noise))
+
+    return NoiseForm(affine, shape=fn.batch_shape + Size([fn.covariance.noise_size]))
 
 
 class NaturalNormal(FibreDistribution):
@@ -212,11 +228,8 @@ class NaturalNormal(FibreDistribution):
     def _onto(self, x: Tensor) -> Tensor:
         # Twice: the second step takes back the rounding of the first
         for _ in range(2):
-            x = x + (self.gain @ self._miss(x).unsqueeze(-1)).squeeze(-1)
+            x = x + matvec(self.gain, self._miss(x))
         return x
-
-    def rsample(self, sample_shape: Any = Size()) -> Tensor:
-        return self._onto(self._draw(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
@@ -266,8 +279,7 @@ class ResidualNormal(FibreDistribution):
     def _put(self, x: Tensor, part: Tensor) -> Tensor:
         return x + part @ self._columns.mT
 
-    def rsample(self, sample_shape: Any = Size()) -> Tensor:
-        x = self._draw(sample_shape)
+    def _onto(self, x: Tensor) -> Tensor:
         for _ in range(2):
             x = self._put(x, self._miss(x) @ self._taken.mT)
         return x

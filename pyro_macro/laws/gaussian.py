@@ -85,18 +85,26 @@ class GaussianProgram:
         shared: dict[str, SharedStatement],
         held: Mapping[str, Tensor],
     ) -> None:
-        self.differentiable = torch.is_grad_enabled()
         self.micro, self.held = tuple(micro), held
+
+        with_gradients = torch.is_grad_enabled()
 
         def run(probe: int) -> NoiseRun:
             result = NoiseRun(until, shared, held, micro, probe)
-            with torch.set_grad_enabled(probe == 0):
+            with torch.set_grad_enabled(with_gradients or probe == 0):
                 result.run(*model)
             return result
 
         self._run = run
         self.zero = run(0)
         self.sites = self.zero.sites
+
+    def _is_differentiable(self, names: Sequence[str], given: list[Evidence]) -> bool:
+        """Whether the law depends on parameters or held values that need gradients."""
+        probe = self.probes[0]
+        tensors = [probe.sites[name].value for name in names]
+        tensors += [known.of(probe) for known in given]
+        return any(tensor.requires_grad for tensor in tensors)
 
     @cached_property
     def probes(self) -> tuple[NoiseRun, NoiseRun]:
@@ -136,6 +144,7 @@ class GaussianProgram:
         relevant, evidence = self._relevant(names, given, what)
         noises = [n for n in self.zero.noises.values() if n.key[0] in relevant]
 
+        self.differentiable = self._is_differentiable(names, evidence)
         base = Layout(sites, over, what)
         values = {site.name: site.value for site in sites}
         touched = NoiseView(base.stack(values), noises, False).noises
@@ -153,6 +162,8 @@ class GaussianProgram:
         loc = layout.stack(values)
         view = NoiseView(loc, noises, self.differentiable)
         scale = layout.stack({site.name: self._own_scale(site) for site in sites})
+        if not self.differentiable:
+            scale = scale.detach()
         self._check(layout, view, scale, what)
         builder = _Builder(layout, view, scale.square())
         covariance = builder.covariance(what)

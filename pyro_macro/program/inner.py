@@ -23,7 +23,11 @@ import pyro
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
-from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.poutine.util import (
+    is_validation_enabled,
+    site_is_factor,
+    site_is_subsample,
+)
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_macro.errors import PyroMacroError
@@ -175,6 +179,7 @@ class InnerRun(Messenger):
 
     def run(self, model: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         """Runs ``model(*args, **kwargs)`` up to the last site that is asked for."""
+        self._validate = is_validation_enabled()
         with _preserved_buffers(), pyro.validation_enabled(False), self:
             try:
                 with self.tracker:
@@ -188,7 +193,7 @@ class InnerRun(Messenger):
             if name in self.shared:
                 replay(msg, self.shared[name])
             else:
-                self._visible[id(msg)] = name
+                self._show(msg, name)
             return
         if site_is_factor(msg):
             msg["stop"] = True
@@ -202,7 +207,7 @@ class InnerRun(Messenger):
         self._sites[id(msg)] = site
         value = self.choose(msg, site)
         if value is None:
-            self._visible[id(msg)] = name
+            self._show(msg, name)
         else:
             msg["value"] = value
             msg["done"] = True
@@ -214,11 +219,17 @@ class InnerRun(Messenger):
         if name in self.shared:
             replay(msg, self.shared[name])
         else:
-            self._visible[id(msg)] = name
+            self._show(msg, name)
+
+    def _show(self, msg: Message, name: str) -> None:
+        """Lets handlers outside see a statement, validating as they do."""
+        self._visible[id(msg)] = name
+        pyro.enable_validation(self._validate)
 
     def _postprocess_message(self, msg: Message) -> None:
         name = self._visible.pop(id(msg), None)
         if name is not None:
+            pyro.enable_validation(False)
             self.shared[name] = Shared(msg["value"], bool(msg.get("is_observed")))
         site = self._sites.pop(id(msg), None)
         if site is None:
