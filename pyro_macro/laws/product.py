@@ -41,6 +41,9 @@ class StackedSites(TorchDistribution):
             for name, part in parts.items()
         ]
         own = torch.broadcast_shapes(*shapes)
+        dims = {dim for over in self._over.values() for dim in over}
+        while own and own[0] == 1 and -len(own) in dims:
+            own = own[1:]
         super().__init__(
             own if batch_shape is None else batch_shape, Size([layout.size])
         )

@@ -113,11 +113,13 @@ class Layout:
             value = value.reshape(batch + (1,) * len(over) + event)
             for i, (dim, _) in enumerate(over):
                 value = value.transpose(len(batch) + dim, len(batch) + i)
-            parts.append(
-                value.flatten(start_dim=len(batch))
-                if over or event
-                else value.unsqueeze(-1)
+            depth = len(batch)
+            value = (
+                value.flatten(start_dim=depth) if over or event else value.unsqueeze(-1)
             )
+            while depth and any(dim == -depth for dim, _ in over):
+                value, depth = value.squeeze(0), depth - 1
+            parts.append(value)
         if len(parts) == 1:
             return parts[0]
         batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
