@@ -270,9 +270,9 @@ class ResidualNormal(FibreDistribution):
         self.absorb = absorb
         columns = torch.zeros_like(self.rows.mT)  # (K, m)
         columns[absorb, torch.arange(len(absorb), device=absorb.device)] = 1.0
-        precision = self.covariance.solve(columns)  # the absorbing columns of C^-1
-        self._own = precision[..., absorb, :]  # (..., m, m)
-        self._others = precision
+        self._precision = self.covariance.solve(columns)  # columns of C^-1: (..., K, m)
+        # The covariance of the absorbing elements given all others
+        self._remaining = torch.linalg.inv(self._precision[..., absorb, :])
         self._taken = torch.linalg.inv(self.rows[:, absorb])  # (m, m)
         self._columns = columns
 
@@ -291,13 +291,12 @@ class ResidualNormal(FibreDistribution):
         # that of the others times that of a centred normal at its mode.
         centred = value - self.loc
         centred = self._put(centred, -centred[..., self.absorb])
-        pull = (self._others.mT @ centred.unsqueeze(-1)).squeeze(-1)  # (..., m)
-        at_mode = -torch.linalg.solve(self._own, pull)
+        pull = matvec(self._precision.mT, centred)  # (..., m)
+        at_mode = -matvec(self._remaining, pull)
         centred = self._put(centred, at_mode)
         joint = log_normal(self.covariance, centred)
         mode = log_normal(
-            Dense(torch.linalg.cholesky(torch.linalg.inv(self._own))),
-            torch.zeros_like(pull),
+            Dense(torch.linalg.cholesky(self._remaining)), torch.zeros_like(pull)
         )
         # From the coordinates without `absorb` to those without the pivots
         change = (

@@ -182,6 +182,8 @@ class MicroState:
             name="value", frames=self.layout.frames, event_shape=value.shape[-1:]
         )
         values = Layout([stand_in], law.joint).stack({"value": value})
+        while values.dim() > law.loc.dim() and values.shape[0] == 1:
+            values = values.squeeze(0)  # where plates were that are in the vector now
         count = values.shape[-1] // rows.shape[0]
         slots = torch.arange(count, device=rows.device)
         inside = places[1] == slots.unsqueeze(-1)  # (count, size)
