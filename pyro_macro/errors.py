@@ -21,7 +21,7 @@ class UnknownSite(PyroMacroError):
     def named(cls, role: str, name: str, valid: Iterable[str]) -> "UnknownSite":
         """An error that lists near misses first, then all valid names."""
         names = sorted(valid)
-        near = get_close_matches(name, names, n=3)
+        near = get_close_matches(name, names, n=3, cutoff=0.5)
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         listed = ", ".join(map(repr, names)) or "none"
         return cls(

@@ -31,13 +31,18 @@ class Fibre(constraints.Constraint):
     :param rows: shape ``(m, K)``.
     :param value: shape ``batch + (m,)``.
     :param pivots: the indices of the elements that are solved for, shape ``(m,)``.
+    :param law: a distribution on the fibre. The free coordinates are then relative to
+        its mean, in its standard deviations: samplers and guides start in the right
+        place, on the right scale.
     """
 
     event_dim = 1
     is_discrete = False
 
-    def __init__(self, rows: Tensor, value: Tensor, pivots: Tensor) -> None:
-        self.rows, self.value, self.pivots = rows, value, pivots
+    def __init__(
+        self, rows: Tensor, value: Tensor, pivots: Tensor, law: Any = None
+    ) -> None:
+        self.rows, self.value, self.pivots, self.law = rows, value, pivots, law
 
     def check(self, value: Tensor) -> Tensor:
         miss = (value @ self.rows.mT - self.value).abs()
@@ -49,12 +54,9 @@ class Fibre(constraints.Constraint):
 
 
 class FibreTransform(Transform):
-    """From the free elements of a micro state on a fibre to the whole state.
+    """From free coordinates to the whole micro state on a fibre.
 
-    Free elements keep their values and their order. Densities on the fibre are with
-    respect to the elements that remain when the *last* ones are solved for. Where
-    others are solved for, as when the last have weight zero, the constant Jacobian
-    says so.
+    Free elements keep their order, the pivots are solved for.
     """
 
     domain = constraints.real_vector
@@ -65,43 +67,45 @@ class FibreTransform(Transform):
         super().__init__()
         self.fibre = fibre
         self.codomain = fibre
-        size = fibre.rows.shape[1]
-        keep = torch.ones(size, dtype=torch.bool, device=fibre.rows.device)
-        keep[fibre.pivots] = False
-        self.free = keep.nonzero().squeeze(-1)
+        rows, pivots = fibre.rows, fibre.pivots
+        keep = torch.ones(rows.shape[1], dtype=torch.bool, device=rows.device)
+        keep[pivots] = False
+        self._free = keep.nonzero().squeeze(-1)
+        self._order = torch.cat([self._free, pivots]).argsort()
+        self._others = rows[:, self._free]
+        self._solve = torch.linalg.inv(rows[:, pivots])
+        self._centre = self._spread = None
+        if fibre.law is not None:
+            self._centre = fibre.law.mean.detach()[..., self._free]
+            spread = fibre.law.variance.detach()[..., self._free].sqrt()
+            self._spread = torch.where(spread > 0, spread, torch.ones_like(spread))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, FibreTransform) and other.fibre is self.fibre
 
     def _call(self, x: Tensor) -> Tensor:
-        fibre = self.fibre
-        rest = fibre.value - x @ fibre.rows[:, self.free].mT
-        # One step of refinement puts the sum at the level of one rounding
-        solved = rest @ torch.linalg.inv(fibre.rows[:, fibre.pivots]).mT
-        size = fibre.rows.shape[1]
-        order = torch.cat([self.free, fibre.pivots]).argsort()
+        if self._spread is not None:
+            x = self._centre + self._spread * x
+        solved = (self.fibre.value - x @ self._others.mT) @ self._solve.mT
         batch = torch.broadcast_shapes(x.shape[:-1], solved.shape[:-1])
-        whole = torch.cat(
-            [
-                x.expand(batch + x.shape[-1:]),
-                solved.expand(batch + solved.shape[-1:]),
-            ],
-            -1,
-        )
-        assert whole.shape[-1] == size
-        return whole[..., order]
+        parts = [part.expand(batch + part.shape[-1:]) for part in (x, solved)]
+        return torch.cat(parts, -1)[..., self._order]
 
     def _inverse(self, y: Tensor) -> Tensor:
-        return y[..., self.free]
+        free = y[..., self._free]
+        return free if self._spread is None else (free - self._centre) / self._spread
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
+        if self._spread is None:
+            return torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
+        shape = torch.broadcast_shapes(x.shape, self._spread.shape)
+        return self._spread.expand(shape).log().sum(-1)
 
     def forward_shape(self, shape: Size) -> Size:
-        return Size(shape[:-1]) + (shape[-1] + self.fibre.rows.shape[0],)
+        return Size(shape[:-1]) + Size([shape[-1] + self.fibre.rows.shape[0]])
 
     def inverse_shape(self, shape: Size) -> Size:
-        return Size(shape[:-1]) + (shape[-1] - self.fibre.rows.shape[0],)
+        return Size(shape[:-1]) + Size([shape[-1] - self.fibre.rows.shape[0]])
 
 
 @biject_to.register(Fibre)
@@ -175,7 +179,7 @@ class FibreDistribution(TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> Fibre:  # type: ignore[override]
-        return Fibre(self.rows, self.value, self.pivots)
+        return Fibre(self.rows, self.value, self.pivots, law=self)
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
@@ -324,5 +328,12 @@ class ResidualNormal(FibreDistribution):
 
     @property
     def variance(self) -> Tensor:  # type: ignore[override]
-        diagonal = self.covariance_matrix.diagonal(dim1=-2, dim2=-1)
+        own = self.covariance.diagonal()
+        # An absorbing element is minus the weighted sum of the others
+        others = self.rows.clone()
+        others[:, self.absorb] = 0.0
+        taken = self._taken @ others  # (m, K)
+        rest = (self.covariance.matmul(taken.mT) * taken.mT).sum(-2)  # (..., m)
+        kept = own * (1 - self._columns.sum(-1))
+        diagonal = kept + rest @ self._columns.mT
         return diagonal.expand(self.batch_shape + self.event_shape)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
+from torch.distributions import Transform
 
 from pyro_macro.errors import NotAMicroState, UnsupportedLaw
 from pyro_macro.laws.covariance import (
@@ -144,7 +145,13 @@ class GaussianProgram:
         relevant, evidence = self._relevant(names, given, what)
         noises = [n for n in self.zero.noises.values() if n.key[0] in relevant]
 
-        self.differentiable = self._is_differentiable(names, evidence)
+        # Without ancestors there is nothing to check: spare the probes
+        alone = not evidence and relevant == set(names)
+        self.differentiable = (
+            any(requires_grad(site.fn) for site in sites)
+            if alone
+            else self._is_differentiable(names, evidence)
+        )
         base = Layout(sites, over, what)
         values = {site.name: site.value for site in sites}
         touched = NoiseView(base.stack(values), noises, False).noises
@@ -164,7 +171,8 @@ class GaussianProgram:
         scale = layout.stack({site.name: self._own_scale(site) for site in sites})
         if not self.differentiable:
             scale = scale.detach()
-        self._check(layout, view, scale, what)
+        if not alone:
+            self._check(layout, view, scale, what)
         builder = _Builder(layout, view, scale.square())
         covariance = builder.covariance(what)
         if evidence:
@@ -299,7 +307,7 @@ class GaussianProgram:
             if directions:
                 parts.append(view.forward(directions)[0])
             found = layout.stack({n: probe.sites[n].value for n in layout.names})
-            if not agree(parts, found):
+            if not agree(parts, found, self._precision(layout.names, view)):
                 raise UnsupportedLaw(
                     f"{what}: the program is not jointly affine-Gaussian: with larger "
                     "noise, the micro state is not where its derivative says (a "
@@ -307,6 +315,13 @@ class GaussianProgram:
                     "the sites that make it so with given=[...]; its ancestors are "
                     f"{sorted(self.ancestors(layout.names)) or 'none'}."
                 )
+
+    def _precision(self, names: Sequence[str], view: NoiseView) -> float:
+        """The rounding of the coarsest dtype that takes part."""
+        tensors = [self.sites[name].value for name in names]
+        tensors += [noise.leaf for noise in view.noises]
+        dtypes = {t.dtype for t in tensors if t.is_floating_point()}
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
 
     def _condition(
         self,
@@ -355,7 +370,9 @@ class GaussianProgram:
             }
             own = {n.key for n in rows.noises} - set(directions)
             found = stack(partial(_expression, probe))
-            if own or not agree([known, rows.forward(directions)[0]], found):
+            parts = [known, rows.forward(directions)[0]]
+            precision = self._precision(layout.names, rows)
+            if own or not agree(parts, found, precision):
                 raise UnsupportedLaw(
                     f"{what}: what is given ({[e.name for e in evidence]}) is not an "
                     "affine function of normal noise. Hold the sites that make it so."
@@ -623,7 +640,7 @@ class _Builder:
             moved = moved.expand(batch + (self.outer, slots, inner, count))
             moved = moved.reshape(batch + (self.outer * slots * inner, count))
             predicted = (columns.detach() * moved).sum(-1)
-        return agree([predicted], actual)
+        return agree([predicted], actual, torch.finfo(actual.dtype).eps)
 
     def _batch_shape(self, noise: Noise, axes: dict[str, list[int]]) -> tuple[int, ...]:
         """The shape of a group's batch dimensions, each at its own place."""
@@ -656,12 +673,23 @@ def _add(base: Covariance, factor: Tensor) -> Covariance:
     return Dense(torch.linalg.cholesky(base.dense(factor) + factor @ factor.mT))
 
 
-def agree(parts: Sequence[Tensor], found: Tensor) -> bool:
+def agree(parts: Sequence[Tensor], found: Tensor, precision: float) -> bool:
     """Whether ``sum(parts) == found`` but for rounding; not so if anything is NaN."""
     parts = torch.broadcast_tensors(*(p.detach() for p in parts))
     size = sum((p.abs() for p in parts), start=found.detach().abs())
-    limit = torch.finfo(found.dtype).eps ** 0.5 * size
+    limit = precision**0.5 * size
     return bool(((sum(parts) - found.detach()).abs() <= limit).all())
+
+
+def requires_grad(thing: Any) -> bool:
+    """Whether a distribution has parameters that need gradients."""
+    if isinstance(thing, Tensor):
+        return thing.requires_grad
+    if isinstance(thing, (list, tuple)):
+        return any(map(requires_grad, thing))
+    if isinstance(thing, (torch.distributions.Distribution, Transform)):
+        return any(map(requires_grad, vars(thing).values()))
+    return False
 
 
 def _unwrapped(fn: Any) -> Any:

@@ -31,6 +31,15 @@ def refuse_injective(what: str, macro: MacroVariable, state: Tensor) -> None:
         )
 
 
+def _common(values: Sequence[Tensor]) -> Tensor:
+    """An empty tensor of the dtype and device that stacked values have."""
+    dtype = values[0].dtype
+    for value in values[1:]:
+        dtype = torch.promote_types(dtype, value.dtype)
+    dtype = dtype if dtype.is_floating_point else torch.get_default_dtype()
+    return torch.empty((), dtype=dtype, device=values[0].device)
+
+
 def _same(state: Tensor) -> Tensor:
     return state
 
@@ -81,8 +90,7 @@ class MicroState:
                         f"({frame.size} of {frame.full_size}), and the total of a "
                         "subsample is not the total. Run the plate whole."
                     )
-        value = sites[macro.micro[0]].value
-        self.like = value if value.is_floating_point() else torch.empty(())
+        self.like = _common([sites[name].value for name in macro.micro])
         refuse_injective(self.what, macro, self.like.new_zeros(self.layout.size))
 
     @property

@@ -16,7 +16,7 @@ from pyro_macro.laws.covariance import (
     Shared,
     log_normal,
 )
-from pyro_macro.laws.fibre import NaturalNormal, ResidualNormal
+from pyro_macro.laws.fibre import Fibre, NaturalNormal, ResidualNormal
 
 LOC = torch.tensor([10.0, 20.0, -3.0, 1.0], dtype=torch.float64)
 VARIANCE = torch.tensor([4.0, 1.0, 0.5, 2.0], dtype=torch.float64)
@@ -95,6 +95,7 @@ def test_residual_density_is_that_of_the_free_elements(covariance, absorb):
     others = [i for i in range(4) if i != absorb]
     matrix = covariance.dense(LOC)
     torch.testing.assert_close(law.mean[others], LOC[others])
+    torch.testing.assert_close(law.variance, law.covariance_matrix.diagonal())
     found = law.covariance_matrix[others][:, others]
     torch.testing.assert_close(found, matrix[others][:, others])
     expected = marginal(law.mean, law.covariance_matrix, x, [0, 1, 2])
@@ -145,13 +146,29 @@ def test_the_bijection_leaves_k_minus_m_free_coordinates(rows):
     assert transform.inverse_shape(x.shape) == free.shape
     assert law.support.check(x).all()
     assert not law.support.check(x + 0.1).any()
+    jacobian = torch.autograd.functional.jacobian(transform, free[0])
+    kept = [i for i in range(4) if i not in law.pivots]
+    torch.testing.assert_close(
+        transform.log_abs_det_jacobian(free, x)[0],
+        torch.linalg.slogdet(jacobian[kept]).logabsdet,
+    )
+    torch.testing.assert_close(transform(torch.zeros(4 - m)), law.mean)
+
+
+def test_without_a_law_the_free_coordinates_are_the_elements():
+    fibre = Fibre(ROWS, VALUE, torch.tensor([3]))
+    transform = biject_to(fibre)
+    free = torch.randn(5, 3)
+    x = transform(free)
+    torch.testing.assert_close(x[:, :3], free)
+    assert fibre.check(x).all()
     assert (transform.log_abs_det_jacobian(free, x) == 0).all()
 
 
 def test_gradients_of_the_density_by_finite_differences():
     def log_prob(loc, variance, value, free):
         law = NaturalNormal(loc, Diagonal(variance), ROWS, value)
-        return law.log_prob(biject_to(law.support)(free))
+        return law.log_prob(biject_to(Fibre(ROWS, value, law.pivots))(free))
 
     inputs = [LOC, VARIANCE, VALUE, torch.randn(3, dtype=torch.float64)]
     inputs = [x.clone().requires_grad_() for x in inputs]

@@ -1,0 +1,319 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""No silent wrong answer: each refusal names the site and says what to do."""
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import pyro_macro as pm
+
+SALES = pm.MacroVariable("sales", ["x1", "x2"])
+
+
+def shop():
+    pyro.sample("x1", dist.Normal(10.0, 2.0))
+    pyro.sample("x2", dist.Normal(20.0, 1.0))
+
+
+def run(realization, model=shop, macro=SALES):
+    return pm.macro_do(model, {macro: realization})()
+
+
+@pytest.mark.parametrize(
+    "interventions, message",
+    [
+        (None, "Expected a dictionary"),
+        ({}, "Expected a dictionary"),
+        ([pm.Natural(1.0)], "Expected a dictionary"),
+        ({"sales": pm.Natural(1.0)}, "use `pyro.poutine.do`"),
+        ({SALES: 33.0}, "does not say what happens to its parts"),
+        ({SALES: pm.Natural}, "Expected a micro-realization"),
+        (
+            {
+                SALES: pm.Natural(1.0),
+                pm.MacroVariable("b", ["x2", "y"]): pm.Natural(2.0),
+            },
+            "'x2' belongs to both 'sales' and 'b'",
+        ),
+        (
+            {SALES: pm.Natural(1.0), pm.MacroVariable("sales", "y"): pm.Natural(2.0)},
+            "have the name 'sales'",
+        ),
+    ],
+)
+def test_malformed_interventions(interventions, message):
+    with pytest.raises(pm.PyroMacroError, match=message):
+        pm.macro_do(shop, interventions)
+
+
+def test_not_a_model():
+    with pytest.raises(pm.PyroMacroError, match="not callable"):
+        pm.macro_do({SALES: pm.Natural(1.0)}, {SALES: pm.Natural(1.0)})
+
+
+def test_unknown_sites_are_named_with_near_misses():
+    macro = pm.MacroVariable("sales", ["x1", "x_2"])
+    with pytest.raises(pm.UnknownSite, match=r"no site 'x_2'. Did you mean 'x2'.*'x1'"):
+        run(pm.Natural(33.0), macro=macro)
+    with pytest.raises(pm.UnknownSite, match=r"given: .*'alpha'.*'x1', 'x2'"):
+        run(pm.Natural(33.0, given=["alpha"]))
+    with pytest.raises(pm.UnknownSite, match="absorb.*'x3'"):
+        run(pm.Residual(33.0, absorb="x3"))
+
+
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), torch.tensor([1, None][0]) / 0]
+)
+@pytest.mark.parametrize(
+    "realization",
+    [
+        pm.Natural,
+        pm.Proportional,
+        pm.Shift,
+        lambda v: pm.Residual(v, "x2"),
+        lambda v: pm.Allocate(v, [0.5, 0.5]),
+        lambda v: pm.Explicit(v, lambda t: dist.Delta(t.expand(2), event_dim=1)),
+    ],
+)
+def test_a_value_that_is_no_number(realization, value):
+    with pytest.raises(pm.PyroMacroError, match="'sales'.*Expected finite numbers"):
+        run(realization(value))
+
+
+def test_shapes_of_values():
+    def stores():
+        with pyro.plate("stores", 3):
+            shop()
+
+    run(pm.Natural(torch.tensor([1.0, 2.0, 3.0])), stores)
+    with pytest.raises(pm.PyroMacroError, match=r"\(2,\).*\(3,\), for plate 'stores'"):
+        run(pm.Natural(torch.tensor([1.0, 2.0])), stores)
+    with pytest.raises(pm.PyroMacroError, match="no plate of size 2.*plate of its own"):
+        run(pm.Natural(torch.tensor([[1.0], [2.0]])), stores)
+    both = pm.MacroVariable(
+        "both", ["x1", "x2", "x3"], aggregation=pm.Linear(torch.eye(2, 3))
+    )
+
+    def three():
+        shop()
+        pyro.sample("x3", dist.Normal(0.0, 1.0))
+
+    run(pm.Natural(torch.tensor([1.0, 2.0])), three, both)
+    for value in (1.0, torch.tensor([1.0, 2.0, 3.0])):
+        with pytest.raises(pm.PyroMacroError, match="Expected 2 values"):
+            run(pm.Natural(value), three, both)
+
+
+def test_shapes_of_shares_and_directions():
+    with pytest.raises(pm.PyroMacroError, match=r"shares have shape \(3,\).*2 in the"):
+        run(pm.Allocate(33.0, [0.2, 0.3, 0.5]))
+    with pytest.raises(pm.OffFibre, match="macro value 0.9.*Expected 1.0"):
+        run(pm.Allocate(33.0, [0.4, 0.5]))
+    with pytest.raises(pm.OffFibre, match="macro value nan"):
+        run(pm.Allocate(33.0, [float("nan"), 0.5]))
+    with pytest.raises(pm.PyroMacroError, match=r"along has shape \(3,\)"):
+        run(pm.Shift(1.0, along=[0.2, 0.3, 0.5]))
+    with pytest.raises(pm.OffFibre, match="along has macro value 2.0"):
+        run(pm.Shift(1.0, along=[1.0, 1.0]))
+
+
+def test_what_absorbs_the_rest():
+    def products():
+        with pyro.plate("products", 4):
+            pyro.sample("x", dist.Normal(1.0, 1.0))
+
+    total = pm.MacroVariable("total", "x", over="products")
+    with pytest.raises(pm.PyroMacroError, match="4 elements.*absorb=0 to 3"):
+        run(pm.Residual(9.0, absorb="x"), products, total)
+    with pytest.raises(pm.PyroMacroError, match="absorb=4 is no element"):
+        run(pm.Residual(9.0, absorb=4), products, total)
+    with pytest.raises(pm.PyroMacroError, match="names 2 elements. Expected 1"):
+        run(pm.Residual(9.0, absorb=[0, 1]), products, total)
+    weights = pm.Linear([1.0, 1.0, 1.0, 0.0])
+    total = pm.MacroVariable("total", "x", over="products", aggregation=weights)
+    with pytest.raises(pm.PyroMacroError, match="weight in the macro value is zero"):
+        run(pm.Residual(9.0, absorb=3), products, total)
+
+
+@pytest.mark.parametrize(
+    "fn, message",
+    [
+        (lambda v: dist.Normal(v, 1.0), r"event shape \(\). Expected.*\(2,\)"),
+        (lambda v: dist.Normal(v.expand(2), 1.0), "add `.to_event"),
+        (lambda v: v, "returned Tensor"),
+        (lambda v: dist.Delta(torch.ones(3), event_dim=1), r"event shape \(3,\)"),
+    ],
+)
+def test_what_explicit_returns(fn, message):
+    with pytest.raises(pm.PyroMacroError, match=message):
+        run(pm.Explicit(33.0, fn))
+
+
+def unsupported(way):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        loc, scale = way(z, w)
+        pyro.sample("x1", dist.Normal(loc, scale))
+        pyro.sample("x2", dist.Normal(0.0, 1.0))
+
+    return model
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda z, w: (z * w, 1.0),
+        lambda z, w: (z.exp(), 1.0),
+        lambda z, w: (z.relu(), 1.0),
+        lambda z, w: (z.clamp(-2.0, 2.0), 1.0),
+        lambda z, w: (torch.where(z > 0, z, 2 * z), 1.0),
+        lambda z, w: (torch.maximum(z, w), 1.0),
+        lambda z, w: (z, w.exp()),
+        lambda z, w: (0.0, 1 + z.square()),
+        lambda z, w: (torch.tensor(z.item()), 1.0),
+        lambda z, w: (torch.tensor(1.0 if z > 0 else -1.0), 1.0),
+        lambda z, w: (z.detach(), 1.0),
+    ],
+)
+def test_programs_that_are_not_affine_are_refused(way):
+    with pytest.raises(pm.UnsupportedLaw, match="not jointly affine-Gaussian.*'z'"):
+        run(pm.Natural(33.0), unsupported(way))
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        dist.Gamma(2.0, 2.0),
+        dist.LogNormal(0.0, 1.0),
+        dist.Bernoulli(0.01),
+        dist.Poisson(3.0),
+        dist.StudentT(3.0),
+    ],
+)
+def test_ancestors_that_are_not_gaussian_are_named(law):
+    def model():
+        z = pyro.sample("z", law)
+        pyro.sample("x1", dist.Normal(z, 1.0))
+        pyro.sample("x2", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(pm.UnsupportedLaw, match=r"'z', which is .*given=\['z'\]"):
+        run(pm.Natural(33.0), model)
+    run(pm.Natural(33.0, given="z"), model)
+
+
+def test_micro_sites_that_are_not_gaussian_are_named():
+    def model():
+        pyro.sample("x1", dist.Gamma(2.0, 1.0))
+        pyro.sample("x2", dist.Normal(0.0, 1.0))
+
+    for realization in (pm.Natural(3.0), pm.Residual(3.0, "x2")):
+        with pytest.raises(pm.UnsupportedLaw, match="'x1' is Gamma"):
+            run(realization, model)
+    run(pm.Allocate(3.0, [0.5, 0.5]), model)
+
+
+def test_a_map_that_is_not_linear_has_no_known_law():
+    peak = pm.MacroVariable(
+        "peak", ["x1", "x2"], aggregation=pm.Custom(lambda x: x.max(-1).values)
+    )
+    for realization in (
+        pm.Natural(3.0),
+        pm.Residual(3.0, "x1"),
+        pm.Proportional(3.0),
+        pm.Shift(1.0),
+    ):
+        with pytest.raises(pm.UnsupportedLaw, match="not linear.*Explicit"):
+            run(realization, macro=peak)
+    run(pm.Allocate(3.0, [1.0, 0.5]), macro=peak)
+    with pytest.raises(pm.OffFibre, match="Expected 3.0"):
+        run(
+            pm.Explicit(3.0, lambda v: dist.Delta(torch.ones(2), event_dim=1)),
+            macro=peak,
+        )
+
+
+def test_a_degenerate_micro_state():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.deterministic("x1", z)
+        pyro.deterministic("x2", 2 * z)
+
+    with pytest.raises(pm.UnsupportedLaw, match="degenerate.*x1"):
+        run(pm.Natural(3.0), model)
+
+
+def test_a_given_site_that_is_downstream():
+    def model():
+        shop()
+        pyro.sample("y", dist.Normal(0.0, 1.0))
+
+    def downstream():
+        x1 = pyro.sample("x1", dist.Normal(10.0, 2.0))
+        pyro.sample("y", dist.Normal(x1, 1.0))
+        pyro.sample("x2", dist.Normal(20.0, 1.0))
+
+    run(pm.Natural(33.0, given="y"), model)
+    for given in ("y", "x1"):
+        with pytest.raises(pm.PyroMacroError, match=f"'{given}' is a micro site of an"):
+            run(pm.Natural(33.0, given=given), downstream)
+
+
+def test_given_that_leaves_nothing_to_know():
+    """Held, but neither Gaussian nor a root: its own parents have to be held too."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("count", dist.Poisson(z.exp()))
+        pyro.sample("x1", dist.Normal(z, 1.0))
+        pyro.sample("x2", dist.Normal(0.0, 1.0))
+
+    with pytest.raises(pm.UnsupportedLaw, match=r"given=\['count', 'z'\]"):
+        run(pm.Natural(33.0, given="count"), model)
+    run(pm.Natural(33.0, given=["count", "z"]), model)
+
+
+def test_dependent_totals_in_one_handler():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        for name in ("x1", "x2", "y1", "y2"):
+            pyro.sample(name, dist.Normal(z, 1.0))
+
+    other = pm.MacroVariable("other", ["y1", "y2"])
+    with pytest.raises(pm.UnsupportedLaw, match=r"dependent, through \['z'\]"):
+        pm.macro_do(model, {SALES: pm.Natural(1.0), other: pm.Natural(1.0)})()
+    held = {SALES: pm.Natural(1.0, given="z"), other: pm.Natural(1.0, given="z")}
+    pm.macro_do(model, held)()
+
+
+def test_an_over_plate_that_is_subsampled():
+    def products():
+        with pyro.plate("products", 10, subsample_size=4):
+            pyro.sample("x", dist.Normal(1.0, 1.0))
+
+    total = pm.MacroVariable("total", "x", over="products")
+    with pytest.raises(pm.NotAMicroState, match="subsampled .4 of 10."):
+        run(pm.Natural(9.0), products, total)
+
+
+def test_a_context_manager_that_would_have_to_look_ahead():
+    def hidden():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x1", dist.Normal(z, 1.0))
+        pyro.sample("x2", dist.Normal(z, 1.0))
+
+    def early():
+        x1 = pyro.sample("x1", dist.Normal(0.0, 1.0))
+        pyro.sample("x2", dist.Normal(x1 * 2, 1.0))
+
+    handler = pm.macro_do(interventions={SALES: pm.Natural(3.0)})
+    with pytest.raises(pm.UnsupportedLaw, match=r"depends on \['z'\]. Wrap"), handler:
+        hidden()
+    with pytest.raises(pm.PyroMacroError, match="'x1' is used before"), handler:
+        early()
+    with pytest.raises(pm.UnknownSite, match="no site 'x1'"), handler:
+        pyro.sample("x2", dist.Normal(0.0, 1.0))
+    assert not pyro.poutine.runtime.am_i_wrapped()
