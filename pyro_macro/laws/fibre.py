@@ -74,7 +74,8 @@ class FibreTransform(Transform):
         self._order = torch.cat([self._free, pivots]).argsort()
         self._others = rows[:, self._free]
         self._solve = torch.linalg.inv(rows[:, pivots])
-        self._centre = self._spread = None
+        self._centre: Any = None
+        self._spread: Any = None
         if fibre.law is not None:
             self._centre = fibre.law.mean.detach()[..., self._free]
             spread = fibre.law.variance.detach()[..., self._free].sqrt()
