@@ -22,11 +22,16 @@ from pyro.poutine.util import (
 )
 from torch import Tensor
 
-from pyro_macro.errors import OffFibre, PyroMacroError, UnknownSite
+from pyro_macro.errors import (
+    OffFibre,
+    PyroMacroError,
+    UnknownSite,
+    UnsupportedLaw,
+)
 from pyro_macro.intervention import Ahead, OnTheFly, Pending, Target, base, fixed
 from pyro_macro.laws.fibre import tolerance
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import Site, is_deterministic, replay
+from pyro_macro.program.inner import Site, is_deterministic, replay, same_parameters
 from pyro_macro.program.layout import Layout
 from pyro_macro.realizations import MicroState, Realization
 from pyro_macro.realizations.base import refuse_injective
@@ -409,6 +414,8 @@ class _Prepared(_Setting):
         elif name in self._targets:
             target = self._targets[name]
             self._refuse_do(target.state.macro, name, msg)
+            if is_validation_enabled():
+                _refuse_moved(target, name, msg)
             self._set(target, name, msg)
 
 
@@ -435,6 +442,9 @@ class MacroDo(_Setting):
         self._known: dict[str, Tensor] = {}  # the sites so far, by name
         self._latent_sites: set[str] = set()  # those among them that are random
         self._passing: dict[int, str] = {}
+        self._met: set[str] = set()
+        self._own = {macro.name for macro in self.interventions}
+        self._own |= {f"{name}__micro" for name in self._own}
 
     def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         with _Prepared(Ahead(self.interventions, (fn, args, kwargs))):
@@ -457,6 +467,12 @@ class MacroDo(_Setting):
 
     def _pyro_sample(self, msg: Message) -> None:
         name = str(msg["name"])
+        if name in self._own:
+            return
+        if name in self._met and msg.get("_intervener_id") is None:
+            self._begin()  # a site for the second time: another run has begun
+        if not site_is_subsample(msg):
+            self._met.add(name)
         collector = self._collected.get(name)
         if collector is None:
             self._passing[id(msg)] = name
@@ -464,8 +480,10 @@ class MacroDo(_Setting):
         self._refuse_do(collector.macro, name, msg)
         what = f"macro-variable {collector.macro.name!r}"
         if not collector.meet(Site.of(msg)):
-            msg["value"] = pending = Pending.of(name, what)
-            msg["fn"] = fixed(torch.empty(msg["fn"].batch_shape), 0)  # type: ignore[attr-defined]
+            law: Any = msg["fn"]
+            shown = torch.empty(law.batch_shape + law.event_shape)
+            msg["value"] = pending = Pending.of(name, what, shown)
+            msg["fn"] = fixed(shown, len(law.event_shape))
             msg["is_observed"] = True
             msg["infer"] = {**(msg["infer"] or {}), "_deterministic": True}
             collector.pending[name] = pending
@@ -536,6 +554,18 @@ def _refuse_repeated(who: str, macros: Iterable[MacroVariable]) -> None:
                 f"{who}: two macro-variables have the name {name!r}. Expected "
                 "different names: they name sites of the trace."
             )
+
+
+def _refuse_moved(target: Target, name: str, msg: Message) -> None:
+    """A site without parents has the same distribution in the run as when read."""
+    site = target.state.program.sites[name]
+    if not site.parents and not same_parameters(site.fn, msg["fn"]):
+        raise UnsupportedLaw(
+            f"{target.what}: micro site {name!r} has no parents, and yet another "
+            "distribution in the run than when the program was read. Expected a "
+            "function of its arguments and sites: no numbers drawn outside of Pyro "
+            "(torch.randn, dropout), no iterators that are used up."
+        )
 
 
 def _refuse_mask(target: Target, msg: Message) -> None:

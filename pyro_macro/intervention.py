@@ -21,7 +21,7 @@ from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import InnerRun, Shared, Site, refuse_fixed
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.reading import draw
-from pyro_macro.realizations import MicroState, Natural, Realization, Realized
+from pyro_macro.realizations import MicroState, Realization, Realized
 from pyro_macro.realizations.base import as_given
 
 Interventions = Mapping[MacroVariable, Realization]
@@ -80,7 +80,11 @@ class Ahead:
         for macro, realization in self.interventions.items():
             held, evidence, sites = self._given(macro, realization)
             program = GaussianProgram(
-                self.model, macro.micro, [*macro.micro, *sites], self.shared, held
+                self.model,
+                macro.micro,
+                [*macro.micro, *sites, *held],
+                self.shared,
+                held,
             )
             for name in macro.micro:
                 if name not in program.sites:
@@ -88,6 +92,13 @@ class Ahead:
                         f"macro-variable {macro.name!r}", name, program.sites
                     )
                 refuse_unfit(macro, program.sites[name])
+            what = f"macro-variable {macro.name!r}"
+            if macro.name in program.sites:
+                raise PyroMacroError(
+                    f"{what}: the program has a site of that name already. Give the "
+                    "macro-variable another one."
+                )
+            program.refuse_paths(macro.micro, what)
             own = natural if realization.acts_on_natural else program.sites
             sites_now = {name: own[name] for name in macro.micro}
             state = MicroState(macro, program, evidence, self.shared, sites_now)
@@ -193,12 +204,10 @@ def refuse_unfit(macro: MacroVariable, site: Site) -> None:
 def _refuse_dependent(
     laws: list[tuple[MacroVariable, Realization, GaussianProgram]],
 ) -> None:
-    """Two natural realizations in one handler are drawn apart: they must be apart."""
+    """Two micro states in one handler are drawn apart: their laws must be apart."""
     for i, (macro, realization, program) in enumerate(laws):
         for other, other_realization, other_program in laws[:i]:
-            if not isinstance(realization, Natural):
-                continue
-            if not isinstance(other_realization, Natural):
+            if not (realization.draws_own_law and other_realization.draws_own_law):
                 continue
             if other in as_given(realization.given):
                 continue
@@ -345,11 +354,13 @@ class Pending(Tensor):
     """
 
     message: str
+    shown: Tensor
 
     @staticmethod
-    def of(name: str, what: str) -> Pending:
-        """A pending value of site ``name``."""
+    def of(name: str, what: str, shown: Tensor) -> Pending:
+        """A pending value of site ``name``; ``shown`` is filled with it, too."""
         pending = torch.empty(0).as_subclass(Pending)
+        pending.shown = shown
         pending.message = (
             f"{what}: the value of micro site {name!r} is used before the last micro "
             "site is drawn. Used as a context manager, macro_do does not see the "
@@ -360,6 +371,8 @@ class Pending(Tensor):
     def fill(self, value: Tensor) -> None:
         """Makes it an ordinary tensor with this content, gradients included."""
         with torch._C.DisableTorchFunctionSubclass():
+            if self.shown.shape == value.shape:
+                self.shown.copy_(value.detach())
             self.data = torch.empty_like(value)
             self.__class__ = Tensor  # type: ignore[assignment]
             self.copy_(value)

@@ -11,6 +11,7 @@ combinations of these. All are batched, and all are differentiable.
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 
@@ -45,6 +46,14 @@ class Covariance(ABC):
     @abstractmethod
     def diagonal(self) -> Tensor:
         """The variances, shape ``(..., K)``."""
+
+    def to(self, dtype: torch.dtype) -> Covariance:
+        """The same with its tensors, and what was computed from them, in ``dtype``."""
+        new = copy.copy(self)
+        for name, part in vars(self).items():
+            if isinstance(part, (Tensor, Covariance)):
+                setattr(new, name, part.to(dtype))
+        return new
 
     def sample(self, shape: Size, like: Tensor) -> Tensor:
         """Centred normal draws of shape ``shape + (K,)``, reparametrized.

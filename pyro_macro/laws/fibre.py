@@ -170,7 +170,20 @@ class FibreDistribution(TorchDistribution):
         self.pivots = choose_pivots(rows) if pivots is None else pivots
         if batch_shape is None:
             batch_shape = torch.broadcast_shapes(loc.shape[:-1], value.shape[:-1])
-        super().__init__(batch_shape, loc.shape[-1:], validate_args=False)
+        self._finer: FibreDistribution | None = None  # in a finer dtype
+        super().__init__(batch_shape, loc.shape[-1:])
+
+    def to(self, dtype: torch.dtype) -> FibreDistribution:
+        """The same with draws in ``dtype``; its densities are computed as before."""
+        if dtype == self.loc.dtype:
+            return self
+        new = self.expand(self.batch_shape)
+        for name, part in vars(self).items():
+            floating = isinstance(part, Tensor) and part.is_floating_point()
+            if floating or isinstance(part, Covariance):
+                setattr(new, name, part.to(dtype))
+        new._finer = self
+        return new
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FibreDistribution:
         new = type(self).__new__(type(self))
@@ -194,7 +207,40 @@ class FibreDistribution(TorchDistribution):
         return self.value - x @ self.rows.mT
 
     @property
+    def _exact(self) -> FibreDistribution:
+        return self if self._finer is None else self._finer
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        exact = self._exact
+        result = exact._log_density(value.to(exact.loc.dtype)).to(value.dtype)
+        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+
+    @property
+    def mean(self) -> Tensor:  # type: ignore[override]
+        return self._shaped(self._exact._onto(self._exact.loc))
+
+    @property
+    def variance(self) -> Tensor:  # type: ignore[override]
+        return self._shaped(self._exact._variance().clamp(min=0))
+
+    @property
     def covariance_matrix(self) -> Tensor:
+        """The covariance, singular across the fibre, shape ``(..., K, K)``."""
+        return self._exact._covariance().to(self.loc.dtype)
+
+    def _shaped(self, moment: Tensor) -> Tensor:
+        moment = moment.to(self.loc.dtype)
+        return moment.expand(self.batch_shape + self.event_shape)
+
+    def _log_density(self, value: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _variance(self) -> Tensor:
+        raise NotImplementedError
+
+    def _covariance(self) -> Tensor:
         raise NotImplementedError
 
 
@@ -206,7 +252,8 @@ def _fibre_noise(fn: FibreDistribution) -> NoiseForm:
         assert noise is not None
         return fn._onto(fn.loc + fn.covariance.colour(noise))
 
-    return NoiseForm(affine, shape=fn.batch_shape + Size([fn.covariance.noise_size]))
+    shape = fn.batch_shape + Size([fn.covariance.noise_size])
+    return NoiseForm(affine, like=fn.loc, shape=shape)
 
 
 class NaturalNormal(FibreDistribution):
@@ -236,28 +283,17 @@ class NaturalNormal(FibreDistribution):
             x = x + matvec(self.gain, self._miss(x))
         return x
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_density(self, value: Tensor) -> Tensor:
         inside = log_normal(self.covariance, value - self.loc)
         total = log_normal(self.total, self._miss(self.loc))
         solved = torch.linalg.det(self.rows[:, self.pivots]).abs().log()
-        result = inside - total - solved
-        shape = torch.broadcast_shapes(result.shape, self.batch_shape)
-        return result.expand(shape)
+        return inside - total - solved
 
-    @property
-    def mean(self) -> Tensor:  # type: ignore[override]
-        return self._onto(self.loc).expand(self.batch_shape + self.event_shape)
-
-    @property
-    def variance(self) -> Tensor:  # type: ignore[override]
+    def _variance(self) -> Tensor:
         explained = (self.gain @ self.total.cholesky).square().sum(-1)
-        result = self.covariance.diagonal() - explained
-        return result.clamp(min=0).expand(self.batch_shape + self.event_shape)
+        return self.covariance.diagonal() - explained
 
-    @property
-    def covariance_matrix(self) -> Tensor:
+    def _covariance(self) -> Tensor:
         explained = self.gain @ self.total.cholesky
         return self.covariance.dense(self.loc) - explained @ explained.mT
 
@@ -289,9 +325,7 @@ class ResidualNormal(FibreDistribution):
             x = self._put(x, self._miss(x) @ self._taken.mT)
         return x
 
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
+    def _log_density(self, value: Tensor) -> Tensor:
         # With the absorbing elements at their conditional mean, the joint density is
         # that of the others times that of a centred normal at its mode.
         centred = value - self.loc
@@ -308,33 +342,19 @@ class ResidualNormal(FibreDistribution):
             torch.linalg.det(self.rows[:, self.absorb]).abs().log()
             - torch.linalg.det(self.rows[:, self.pivots]).abs().log()
         )
-        result = joint - mode + change
-        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+        return joint - mode + change
 
-    def _map(self) -> Tensor:
-        # x = A x_natural + ...: absorbing rows become minus the weighted others
-        size = self.rows.shape[1]
-        identity = torch.eye(size, dtype=self.loc.dtype, device=self.loc.device)
-        return identity - self._columns @ (self._taken @ self.rows)
-
-    @property
-    def mean(self) -> Tensor:  # type: ignore[override]
-        x = self._put(self.loc, self._miss(self.loc) @ self._taken.mT)
-        return x.expand(self.batch_shape + self.event_shape)
-
-    @property
-    def covariance_matrix(self) -> Tensor:
-        linear = self._map()
-        return linear @ self.covariance.dense(self.loc) @ linear.mT
-
-    @property
-    def variance(self) -> Tensor:  # type: ignore[override]
-        own = self.covariance.diagonal()
+    def _variance(self) -> Tensor:
         # An absorbing element is minus the weighted sum of the others
         others = self.rows.clone()
         others[:, self.absorb] = 0.0
         taken = self._taken @ others  # (m, K)
         rest = (self.covariance.matmul(taken.mT) * taken.mT).sum(-2)  # (..., m)
-        kept = own * (1 - self._columns.sum(-1))
-        diagonal = kept + rest @ self._columns.mT
-        return diagonal.expand(self.batch_shape + self.event_shape)
+        kept = self.covariance.diagonal() * (1 - self._columns.sum(-1))
+        return kept + rest @ self._columns.mT
+
+    def _covariance(self) -> Tensor:
+        size = self.rows.shape[1]
+        identity = torch.eye(size, dtype=self.loc.dtype, device=self.loc.device)
+        linear = identity - self._columns @ (self._taken @ self.rows)
+        return linear @ self.covariance.dense(self.loc) @ linear.mT

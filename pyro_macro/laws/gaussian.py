@@ -35,6 +35,7 @@ from pyro_macro.program.noise import Key, Noise, NoiseRun, NoiseView
 class GaussianLaw:
     """``X ~ N(loc, covariance)`` for a stacked micro state.
 
+    :ivar loc: the mean, shape ``(..., K)``; it and the covariance are in float64.
     :ivar layout: the order of its elements, and the plates that stay.
     :ivar joint: the plates along which the elements are dependent, so that they had
         to become part of the vector although they are not aggregated over.
@@ -141,7 +142,7 @@ class GaussianProgram:
         given: Sequence[Evidence],
     ) -> GaussianLaw:
         sites = [self.sites[name] for name in names]
-        self._refuse_paths(names, what)
+        self.refuse_paths(names, what)
         relevant, evidence = self._relevant(names, given, what)
         noises = [n for n in self.zero.noises.values() if n.key[0] in relevant]
 
@@ -154,16 +155,20 @@ class GaussianProgram:
         )
         base = Layout(sites, over, what)
         values = {site.name: site.value for site in sites}
-        touched = NoiseView(base.stack(values), noises, False).noises
-        for known in evidence:
-            touched = touched + NoiseView(known.of(self.zero), noises, False).noises
-        things: list[Any] = [*touched, *evidence]
+        views = [NoiseView(base.stack(values), noises, False)]
+        views += [NoiseView(known.of(self.zero), noises, False) for known in evidence]
+        self._refuse_unexplained(base, views[0], what)
+        things: list[Any] = [*views[0].noises, *evidence]
+        things += [noise for view in views[1:] for noise in view.noises]
         joint = {
             frame.name
             for frame in base.frames
             if frame.vectorized
             and any(all(f.name != frame.name for f in thing.frames) for thing in things)
         }
+        joint |= _coupled(views[0], base.frames, 1)
+        for known, view in zip(evidence, views[1:], strict=True):
+            joint |= _coupled(view, base.frames, len(known.event_shape))
         layout = Layout(sites, (*base.over, *sorted(joint)), what)
 
         loc = layout.stack(values)
@@ -173,12 +178,15 @@ class GaussianProgram:
             scale = scale.detach()
         if not alone:
             self._check(layout, view, scale, what)
-        builder = _Builder(layout, view, scale.square())
+        # Covariances in float64, whatever the model's dtype: differences of large
+        # terms decide how wide a fibre is
+        builder = _Builder(layout, view, scale.double().square())
         covariance = builder.covariance(what)
         if evidence:
             loc, covariance = self._condition(
                 layout, view, covariance, noises, evidence, what
             )
+        loc = loc.double()
         if not self.differentiable:
             loc = loc.detach()
         method = (
@@ -187,6 +195,27 @@ class GaussianProgram:
             else "exact: affine-Gaussian"
         )
         return GaussianLaw(loc, covariance, layout, tuple(sorted(joint)), method)
+
+    def _refuse_unexplained(self, base: Layout, view: NoiseView, what: str) -> None:
+        """Dimensions that are no plates must come from values that are held."""
+        if not view.noises:
+            return
+        shape, plates = view.output.shape[:-1], base.batch_shape
+        shared = self.zero.shared.values()
+        for dim in range(-len(shape), 0):
+            size = shape[dim]
+            inside = -dim <= len(plates) and plates[dim] == size
+            if (
+                size > 1
+                and not inside
+                and all(statement.outside.get(dim) != size for statement in shared)
+            ):
+                raise NotAMicroState(
+                    f"{what}: the micro state has batch shape {tuple(shape)}, and no "
+                    f"plate of size {size} at dim {dim}. Put the sites "
+                    f"{base.names} into `pyro.plate`, or make the dimension an event "
+                    "dimension with `.to_event`."
+                )
 
     def _own_scale(self, site: Site) -> Tensor:
         form = self.zero.forms.get(site.name)
@@ -214,7 +243,8 @@ class GaussianProgram:
     def _fixed(self, name: str) -> bool:
         return name in self.held or self.sites[name].observed
 
-    def _refuse_paths(self, names: Sequence[str], what: str) -> None:
+    def refuse_paths(self, names: Sequence[str], what: str) -> None:
+        """An error if one of the sites is upstream of another (Assumption 1)."""
         for name in names:
             above = self.ancestors([name], through_held=True) & set(names)
             if above:
@@ -231,15 +261,13 @@ class GaussianProgram:
         """The sites whose noise matters, and what is known about these noises."""
         zero = self.zero
         relevant = set(names) | {n for n in self.ancestors(names) if not self._fixed(n)}
-        descendants = {
-            n
-            for n in self.sites
-            if self.ancestors([n], through_held=True) & set(self.micro)
-        }
+        # An observed site that the micro state depends on is known, as a held one is.
+        # Other observations are no part of P(X | pi(X)) unless they are given.
+        upstream = self.ancestors(names)
         candidates = list(given) + [
             self._held_evidence(name)
             for name in self.sites
-            if self._fixed(name) and name not in descendants and name not in names
+            if name in self.held or (self.sites[name].observed and name in upstream)
         ]
         kept: list[Evidence] = []
         changed = True
@@ -249,10 +277,12 @@ class GaussianProgram:
                 above = {n for n in known.sites if not self._fixed(n)}
                 above |= {n for n in self.ancestors(known.sites) if not self._fixed(n)}
                 if above & relevant:
+                    self._refuse_weighted(known, what)
                     kept.append(known)
                     candidates.remove(known)
                     relevant |= above | set(known.sites)
                     changed = True
+        self._refuse_kinks(relevant, what)
         for name in sorted(relevant & set(zero.opaque)):
             law = type(_unwrapped(zero.opaque[name])).__name__
             if name in names:
@@ -274,6 +304,25 @@ class GaussianProgram:
                 f"Gaussian. Hold {name!r} at its value: given=[{name!r}]."
             )
         return relevant, kept
+
+    def _refuse_weighted(self, known: Evidence, what: str) -> None:
+        site = self.sites.get(known.name)
+        if site is not None and site.observed and not site.known:
+            raise UnsupportedLaw(
+                f"{what}: the micro state depends on {known.name!r}, which is "
+                "observed, but masked out or weighted: it is open what it tells of "
+                f"{self._latent(known.name)}. Hold these too, with given=[...]."
+            )
+
+    def _refuse_kinks(self, relevant: set[str], what: str) -> None:
+        for name in sorted(relevant):
+            if self.sites[name].kinks:
+                raise UnsupportedLaw(
+                    f"{what}: the program is not jointly affine-Gaussian: {name!r} is "
+                    f"computed with {sorted(self.sites[name].kinks)} from random sites "
+                    f"({self._latent(name) or 'its ancestors'}). Hold these with "
+                    "given=[...], or write the model without."
+                )
 
     def _latent(self, name: str) -> list[str]:
         return sorted(n for n in self.sites[name].parents if not self._fixed(n))
@@ -303,16 +352,20 @@ class GaussianProgram:
                     for name in layout.names
                     for site in [self.sites[name]]
                 }
-                parts = [view.output, scale * layout.stack(own)]
+                moves = [scale * layout.stack(own)]
             if directions:
-                parts.append(view.forward(directions)[0])
+                moves.append(view.forward(directions)[0])
             found = layout.stack({n: probe.sites[n].value for n in layout.names})
-            if not agree(parts, found, self._precision(layout.names, view)):
+            precision = self._precision(layout.names, view)
+            if len(directions) < len(view.noises) or not agree(
+                view.output, moves, found, precision
+            ):
                 raise UnsupportedLaw(
                     f"{what}: the program is not jointly affine-Gaussian: with larger "
                     "noise, the micro state is not where its derivative says (a "
-                    "product of random sites, a scale that varies, or a kink). Hold "
-                    "the sites that make it so with given=[...]; its ancestors are "
+                    "product of random sites, a scale that varies, a kink, or numbers "
+                    "that were drawn outside of Pyro). Hold the sites that make it so "
+                    "with given=[...]; its ancestors are "
                     f"{sorted(self.ancestors(layout.names)) or 'none'}."
                 )
 
@@ -370,9 +423,9 @@ class GaussianProgram:
             }
             own = {n.key for n in rows.noises} - set(directions)
             found = stack(partial(_expression, probe))
-            parts = [known, rows.forward(directions)[0]]
             precision = self._precision(layout.names, rows)
-            if own or not agree(parts, found, precision):
+            moves = [rows.forward(directions)[0]] if directions else [known * 0]
+            if own or not agree(known, moves, found, precision):
                 raise UnsupportedLaw(
                     f"{what}: what is given ({[e.name for e in evidence]}) is not an "
                     "affine function of normal noise. Hold the sites that make it so."
@@ -383,7 +436,8 @@ class GaussianProgram:
                 f"{what}: what is given ({[e.name for e in evidence]}) is redundant: "
                 "some of it follows from the rest. Leave that out of `given`."
             )
-        surprise = torch.cholesky_solve((value - known).unsqueeze(-1), cholesky)
+        surprise = (value - known).to(total).unsqueeze(-1)
+        surprise = torch.cholesky_solve(surprise, cholesky)
         loc = view.output + (crossed @ surprise).squeeze(-1)
         factor = torch.linalg.solve_triangular(cholesky, crossed.mT, upper=False).mT
         try:
@@ -412,7 +466,7 @@ def _covariances_by_rows(view: NoiseView, rows: NoiseView) -> tuple[Tensor, Tens
     cotangents = cotangents.reshape((r,) + (1,) * (rows.output.dim() - 1) + (r,))
     coefficients = rows.backward(cotangents.expand((r,) + rows.output.shape))
     crossed, total = view.forward(coefficients), rows.forward(coefficients)
-    return crossed.movedim(0, -1), total.movedim(0, -1)
+    return crossed.movedim(0, -1).double(), total.movedim(0, -1).double()
 
 
 def _covariances_by_columns(
@@ -425,8 +479,8 @@ def _covariances_by_columns(
     """
     noises = list({n.key: n for n in [*view.noises, *rows.noises]}.values())
     directions = _all_directions(noises, layout)
-    state = view.forward(directions).movedim(0, -1)
-    known = rows.forward(directions).movedim(0, -1)
+    state = view.forward(directions).movedim(0, -1).double()
+    known = rows.forward(directions).movedim(0, -1).double()
     return state @ known.mT, known @ known.mT
 
 
@@ -484,7 +538,8 @@ class _Builder:
                 groups.append((depth, columns))
         if shared:
             directions = _all_directions(shared, self.layout)
-            groups.append((0, self.view.forward(directions).movedim(0, -1)))
+            columns = self.view.forward(directions).movedim(0, -1)
+            groups.append((0, columns.double()))
         if self._has_gaps():
             return self._without_own_noise(groups, what)
         return self._nest(groups)
@@ -592,7 +647,7 @@ class _Builder:
             )
             columns = columns.movedim(0, -1)  # (..., K, count)
             if self._confirmed(noise, depth, axes, columns):
-                return depth, columns
+                return depth, columns.double()
         return 0, None
 
     def _candidates(self, noise: Noise) -> list[int]:
@@ -640,7 +695,8 @@ class _Builder:
             moved = moved.expand(batch + (self.outer, slots, inner, count))
             moved = moved.reshape(batch + (self.outer * slots * inner, count))
             predicted = (columns.detach() * moved).sum(-1)
-        return agree([predicted], actual, torch.finfo(actual.dtype).eps)
+        zero = torch.zeros_like(actual)
+        return agree(zero, [predicted], actual, torch.finfo(actual.dtype).eps)
 
     def _batch_shape(self, noise: Noise, axes: dict[str, list[int]]) -> tuple[int, ...]:
         """The shape of a group's batch dimensions, each at its own place."""
@@ -673,12 +729,53 @@ def _add(base: Covariance, factor: Tensor) -> Covariance:
     return Dense(torch.linalg.cholesky(base.dense(factor) + factor @ factor.mT))
 
 
-def agree(parts: Sequence[Tensor], found: Tensor, precision: float) -> bool:
-    """Whether ``sum(parts) == found`` but for rounding; not so if anything is NaN."""
-    parts = torch.broadcast_tensors(*(p.detach() for p in parts))
-    size = sum((p.abs() for p in parts), start=found.detach().abs())
-    limit = precision**0.5 * size
-    return bool(((sum(parts) - found.detach()).abs() <= limit).all())
+def agree(
+    start: Tensor, moves: Sequence[Tensor], found: Tensor, precision: float
+) -> bool:
+    """Whether ``start + sum(moves) == found`` but for rounding; not so if it is NaN.
+
+    What is compared is the change: it may be small beside the values.
+    """
+    start, found = start.detach(), found.detach()
+    moves = torch.broadcast_tensors(*(move.detach() for move in moves))
+    size = sum((move.abs() for move in moves), start=torch.zeros_like(moves[0]))
+    limit = precision**0.5 * size + 64 * precision * (start.abs() + found.abs())
+    return bool(((found - start - sum(moves)).abs() <= limit).all())
+
+
+def _coupled(view: NoiseView, frames: Sequence[Any], event_dim: int) -> set[str]:
+    """The plates along which slots act on one another, through what is outside.
+
+    With one weight for each slot in the cotangent, the gradient at each slot of a noise
+    has that slot's weight, unless other slots took part.
+    """
+    found: set[str] = set()
+    if not view.noises:
+        return found
+    shape = view.output.shape
+    generator = torch.Generator().manual_seed(0)
+    plain = torch.rand(shape[len(shape) - event_dim :], generator=generator)
+    plain = (1 + plain).to(view.output).expand(shape)
+    for frame in frames:
+        if not frame.vectorized or len(shape) - event_dim < -frame.dim:
+            continue
+        axis = frame.dim - event_dim
+        if shape[axis] == 1:
+            continue
+        weights = 1 + torch.rand(shape[axis], generator=generator).to(view.output)
+        along = weights.reshape([-1] + [1] * (-axis - 1))
+        both = view.backward(torch.stack([plain, plain * along]))
+        for noise in view.noises:
+            if all(f.name != frame.name for f in noise.frames):
+                continue
+            one, other = both[noise.key].detach()
+            place = frame.dim - noise.event_dim
+            expected = one * weights.reshape([-1] + [1] * (-place - 1))
+            zero = torch.zeros_like(other)
+            precision = torch.finfo(other.dtype).eps
+            if not agree(zero, [expected], other, precision):
+                found.add(frame.name)
+    return found
 
 
 def requires_grad(thing: Any) -> bool:

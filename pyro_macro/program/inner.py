@@ -14,13 +14,16 @@ value.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import (
@@ -28,10 +31,11 @@ from pyro.poutine.util import (
     site_is_factor,
     site_is_subsample,
 )
+from torch.distributions import Transform
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_macro.errors import PyroMacroError
-from pyro_macro.program.tracking import Tracker
+from pyro_macro.program.tracking import NOISE, Tracker, kinks, site_names
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +49,10 @@ class Site:
         of the run excluded.
     :ivar parents: the sites that its distribution (for a deterministic or observed
         site also its value) is computed from.
+    :ivar kinks: the operations with kinks through which noise reached it, if the run
+        was under noise.
+    :ivar known: whether an observation tells of its parents: not where it is masked
+        out or weighted.
     :ivar event_shape: the shape of its value within the plates.
     :ivar observed: whether its value was given from outside, as by ``obs=``.
     :ivar deterministic: whether it is a function of its parents.
@@ -55,12 +63,14 @@ class Site:
     value: torch.Tensor
     frames: tuple[Any, ...]
     parents: frozenset[str]
+    kinks: frozenset[str]
+    known: bool
     event_shape: torch.Size
     observed: bool
     deterministic: bool
 
     @classmethod
-    def of(cls, msg: Message, parents: frozenset[str] = frozenset()) -> Site:
+    def of(cls, msg: Message, sources: frozenset[str] = frozenset()) -> Site:
         """The site behind a message that is on its way out."""
         deterministic = is_deterministic(msg)
         return cls(
@@ -68,7 +78,9 @@ class Site:
             fn=msg["fn"],
             value=msg["value"],  # type: ignore[arg-type]
             frames=msg["cond_indep_stack"],
-            parents=parents,
+            parents=site_names(sources) - {str(msg["name"])},
+            kinks=kinks(sources),
+            known=_is_known(msg),
             event_shape=torch.Size(getattr(msg["fn"], "event_shape", ())),
             observed=bool(msg["is_observed"]) and not deterministic,
             deterministic=deterministic,
@@ -89,10 +101,15 @@ class Site:
 
 @dataclass(frozen=True, eq=False)
 class Shared:
-    """A statement that was executed ahead of the real run, and its outcome."""
+    """A statement that was executed ahead of the real run, and its outcome.
+
+    :ivar outside: sizes, by dimension, that its value has from outside of the model:
+        from plates around it, as of posterior samples, or from enumeration.
+    """
 
     value: Any
     is_observed: bool = False
+    outside: dict[int, int] = field(default_factory=dict)
 
 
 class _Halt(BaseException):
@@ -128,6 +145,52 @@ def preserved_random_state(device: torch.device) -> Iterator[None]:
         yield
 
 
+def _pyro_modules(things: Any, seen: set[int]) -> Iterator[PyroModule]:
+    """The modules that a model, or its arguments, are seen to hold."""
+    for thing in things:
+        if id(thing) in seen or isinstance(thing, torch.Tensor):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, PyroModule):
+            yield thing
+        inside: list[Any] = []
+        if isinstance(thing, (list, tuple)):
+            inside.extend(thing)
+        elif isinstance(thing, dict):
+            inside.extend(thing.values())
+        elif isinstance(thing, torch.nn.Module):
+            inside.extend(thing.children())
+        elif isinstance(thing, functools.partial):
+            inside.extend([thing.func, *thing.args])
+        else:
+            inside.append(getattr(thing, "__self__", None))
+            for cell in getattr(thing, "__closure__", None) or ():
+                with suppress(ValueError):  # an empty cell
+                    inside.append(cell.cell_contents)
+        yield from _pyro_modules(inside, seen)
+
+
+@contextmanager
+def _fresh_caches(things: Any) -> Iterator[None]:
+    """What is sampled inside stays out of the caches of modules that are running.
+
+    A :class:`~pyro.nn.PyroModule` keeps the values of its random attributes while its
+    call lasts, and would hand those of an inner run to the real one.
+    """
+    contexts = {
+        id(module._pyro_context): module._pyro_context
+        for module in _pyro_modules(things, set())
+    }
+    before = {key: context.cache for key, context in contexts.items()}
+    for context in contexts.values():
+        context.cache = {}
+    try:
+        yield
+    finally:
+        for key, context in contexts.items():
+            context.cache = before[key]
+
+
 @contextmanager
 def _preserved_buffers() -> Iterator[None]:
     """Gives the buffers of every module that is called inside their old values."""
@@ -146,6 +209,21 @@ def _preserved_buffers() -> Iterator[None]:
         with torch.no_grad():
             for buffer, old in before.values():
                 buffer.copy_(old)
+
+
+def _is_known(msg: Message) -> bool:
+    """Whether the log density of a site counts, once and for all of its elements."""
+    fn: Any = msg["fn"]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, MaskedDistribution) and fn._mask is not True:
+            return False
+        fn = fn.base_dist
+    if msg["mask"] is not None and msg["mask"] is not True:
+        return False
+    weight = 1.0
+    for frame in msg["cond_indep_stack"]:
+        weight *= (frame.full_size or frame.size) / frame.size
+    return bool(msg["scale"] == weight)
 
 
 class InnerRun(Messenger):
@@ -172,15 +250,21 @@ class InnerRun(Messenger):
         # handlers outside may rename it, split it or change its type.
         self._visible: dict[int, str] = {}
         self._sites: dict[int, Site] = {}
+        self._noisy: dict[int, bool] = {}
 
     def choose(self, msg: Message, site: Site) -> Any:
         """The value of a site, ``None`` to execute it visibly for the real run too."""
         raise NotImplementedError
 
+    def is_noisy(self, site: Site, from_parents: bool) -> bool:
+        """Whether a site's value carries noise that is varied in this run."""
+        return False
+
     def run(self, model: Callable[..., Any], args: tuple, kwargs: dict) -> None:
         """Runs ``model(*args, **kwargs)`` up to the last site that is asked for."""
         self._validate = is_validation_enabled()
-        with _preserved_buffers(), pyro.validation_enabled(False), self:
+        modules = _fresh_caches([model, args, kwargs])
+        with _preserved_buffers(), modules, pyro.validation_enabled(False), self:
             try:
                 with self.tracker:
                     model(*args, **kwargs)
@@ -200,11 +284,12 @@ class InnerRun(Messenger):
             return
         if msg.get("_intervener_id") is not None and name in self._visible.values():
             return  # the copy that `poutine.do` outside leaves behind
-        parents = self.tracker.sources(msg["fn"]) | self.tracker.escaped
+        sources = self.tracker.sources(msg["fn"]) | self.tracker.escaped
         if is_deterministic(msg) or msg["is_observed"]:
-            parents |= self.tracker.sources(msg["value"])
-        site = Site.of(msg, parents - {name})
+            sources |= self.tracker.sources(msg["value"])
+        site = Site.of(msg, sources)
         self._sites[id(msg)] = site
+        self._noisy[id(msg)] = NOISE in sources
         value = self.choose(msg, site)
         if value is None:
             self._show(msg, name)
@@ -230,16 +315,36 @@ class InnerRun(Messenger):
         name = self._visible.pop(id(msg), None)
         if name is not None:
             pyro.enable_validation(False)
-            self.shared[name] = Shared(msg["value"], bool(msg.get("is_observed")))
         site = self._sites.pop(id(msg), None)
+        if name is not None:
+            observed = bool(msg.get("is_observed"))
+            self.shared[name] = Shared(msg["value"], observed, _outside(msg, site))
         if site is None:
             return
         self.sites[site.name] = site.with_value(msg)
-        msg["value"] = self.tracker.mark(msg["value"], {site.name})
+        names = {site.name}
+        if self.is_noisy(site, self._noisy.pop(id(msg))):
+            names.add(NOISE)
+        msg["value"] = self.tracker.mark(msg["value"], names)
         if self.missing is not None:
             self.missing.discard(site.name)
             if not self.missing:
                 raise _Halt
+
+
+def _outside(msg: Message, site: Site | None) -> dict[int, int]:
+    value = msg["value"]
+    if site is None:  # a parameter, or one that `poutine.lift` made random
+        return {f.dim: f.size for f in msg["cond_indep_stack"] if f.dim is not None}
+    if not isinstance(value, torch.Tensor):
+        return {}
+    batch = value.shape[: value.dim() - len(site.event_shape)]
+    own = getattr(site.fn, "batch_shape", ())
+    return {
+        dim: batch[dim]
+        for dim in range(-len(batch), 0)
+        if batch[dim] > 1 and (-dim > len(own) or own[dim] == 1)
+    }
 
 
 def replay(msg: Message, shared: Shared) -> None:
@@ -248,3 +353,18 @@ def replay(msg: Message, shared: Shared) -> None:
     msg["is_observed"] = shared.is_observed
     msg["done"] = True
     msg["stop"] = True
+
+
+def same_parameters(one: Any, other: Any) -> bool:
+    """Whether two distributions, of one site in two runs, have the same parameters."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, (torch.distributions.Distribution, Transform)):
+        mine, yours = vars(one), vars(other)
+        shared = mine.keys() & yours.keys()
+        return all(same_parameters(mine[key], yours[key]) for key in shared)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same_parameters, one, other))
+    return True

@@ -39,9 +39,11 @@ class NoiseForm:
     :ivar affine: the affine map of ``noise``.
     :ivar shape: the shape of ``noise``; ``None`` where there is none.
     :ivar scale: the scale of the noise that each element has for itself, or ``None``.
+    :ivar like: a tensor of the dtype and device of the noise.
     """
 
     affine: Callable[[Tensor | None], Tensor]
+    like: Tensor
     shape: torch.Size | None = None
     scale: Tensor | None = None
 
@@ -57,7 +59,7 @@ def noise_form(fn: Any) -> NoiseForm | None:
 
 @noise_form.register(torch.distributions.Normal)
 def _normal(fn: Any) -> NoiseForm:
-    return NoiseForm(lambda noise: fn.loc, scale=fn.scale)
+    return NoiseForm(lambda noise: fn.loc, like=fn.scale, scale=fn.scale)
 
 
 @noise_form.register(torch.distributions.MultivariateNormal)
@@ -66,7 +68,7 @@ def _multivariate_normal(fn: Any) -> NoiseForm:
         assert noise is not None
         return fn.loc + (fn.scale_tril @ noise.unsqueeze(-1)).squeeze(-1)
 
-    return NoiseForm(affine, shape=fn.batch_shape + fn.event_shape)
+    return NoiseForm(affine, like=fn.loc, shape=fn.batch_shape + fn.event_shape)
 
 
 @noise_form.register(torch.distributions.LowRankMultivariateNormal)
@@ -76,14 +78,13 @@ def _low_rank(fn: Any) -> NoiseForm:
         return fn.loc + (fn.cov_factor @ noise.unsqueeze(-1)).squeeze(-1)
 
     scale = fn.cov_diag.sqrt().expand(fn.batch_shape + fn.event_shape)
-    return NoiseForm(
-        affine, shape=fn.batch_shape + fn.cov_factor.shape[-1:], scale=scale
-    )
+    shape = fn.batch_shape + fn.cov_factor.shape[-1:]
+    return NoiseForm(affine, like=fn.loc, shape=shape, scale=scale)
 
 
 @noise_form.register(dist.Delta)
 def _delta(fn: Any) -> NoiseForm:
-    return NoiseForm(lambda noise: fn.v)
+    return NoiseForm(lambda noise: fn.v, like=fn.v)
 
 
 @noise_form.register(torch.distributions.Independent)
@@ -103,6 +104,7 @@ def _transformed(fn: Any) -> NoiseForm | None:
     inner, scale = base.affine, base.scale
     return NoiseForm(
         lambda noise: shift + factor * inner(noise),
+        base.like,
         base.shape,
         None if scale is None else factor * scale,
     )
@@ -236,10 +238,14 @@ class NoiseRun(InnerRun):
     def choose(self, msg: Message, site: Site) -> Any:
         if site.name in self.micro:
             refuse_fixed(msg, "macro_do")
-        if site.deterministic:
-            return msg["value"]
         form = noise_form(site.fn)
         fixed = self.held.get(site.name, msg["value"] if site.observed else None)
+        if site.deterministic:
+            value: Any = msg["value"]
+            if value is None and form is not None:  # a plain `Delta` site
+                value = form.affine(None)
+            self.expressions[site.name] = value
+            return value if fixed is None else fixed
         if form is None:
             self.opaque[site.name] = site.fn
             return draw(site.fn) if fixed is None else fixed
@@ -250,20 +256,39 @@ class NoiseRun(InnerRun):
         self.expressions[site.name] = value
         return fixed
 
+    def is_noisy(self, site: Site, from_parents: bool) -> bool:
+        if site.name in self.held or site.observed:
+            return False
+        return from_parents if site.deterministic else True
+
+    def is_outside(self, site: Site, dim: int, size: int) -> bool:
+        """Whether a dimension comes from held values alone, as posterior samples have.
+
+        Its slots are worlds of their own: each has the same law of its noise, and one
+        set of noises serves them all.
+        """
+        if size == 1 or any(f.dim == dim for f in site.frames):
+            return False
+        return any(s.outside.get(dim) == size for s in self.shared.values())
+
     def _value(self, site: Site, form: NoiseForm) -> Tensor:
         factor = None
         if form.shape is not None:
-            like = form.scale if form.scale is not None else site.fn.loc
-            factor = self._noise(site, "factor", form.shape, like)
+            factor = self._noise(site, "factor", form.shape, form.like)
         value = form.affine(factor)
         if form.scale is None or (site.name in self.micro and not self.probe):
             return value
         # The noise that micro elements have for themselves needs no derivative
-        own = self._noise(site, "own", form.scale.shape, form.scale)
+        own = self._noise(site, "own", form.scale.shape, form.like)
         return value + form.scale * own
 
     def _noise(self, site: Site, kind: str, shape: Size, like: Tensor) -> Tensor:
         key = (site.name, kind)
+        depth = len(site.fn.batch_shape)
+        shape = Size(
+            1 if self.is_outside(site, i - depth, size) else size
+            for i, size in enumerate(shape[:depth])
+        ) + Size(shape[depth:])
         if not self.probe:
             leaf = torch.zeros(
                 shape, dtype=like.dtype, device=like.device, requires_grad=True

@@ -38,11 +38,40 @@ _ESCAPES = frozenset(
         "allclose",
     }
 )
+
+# Continuous operations that are affine on pieces: their derivative does not show, and
+# no finite number of probes is sure to meet, that they have kinks. (What turns floats
+# into integers or truth values is found by the dtype of its result.)
+_KINKED = """
+    abs absolute __abs__ celu clamp clamp_max clamp_min clip elu floor
+    floor_divide fmax fmin fmod frac ceil hardshrink hardsigmoid hardswish
+    hardtanh huber_loss kthvalue l1_loss leaky_relu max max_pool1d max_pool2d
+    max_pool3d maximum median min minimum amax amin aminmax cummax cummin msort
+    nanmedian nanquantile prelu quantile relu relu6 remainder __mod__ __rmod__
+    round rrelu selu sgn sign smooth_l1_loss softshrink sort threshold topk
+    trunc fix __floordiv__
+"""
+_KINKS = frozenset(_KINKED.split())
+NOISE = "<noise>"
 _serial = itertools.count()
+
+
+def site_names(sources: frozenset[str]) -> frozenset[str]:
+    """The names of sites among the sources."""
+    return frozenset(name for name in sources if not name.startswith("<"))
+
+
+def kinks(sources: frozenset[str]) -> frozenset[str]:
+    """The operations with kinks, on values that carry noise, among the sources."""
+    found = (name for name in sources if name.startswith("<"))
+    return frozenset(name[1:-1] for name in found if name != NOISE)
 
 
 class Tracker(TorchFunctionMode):
     """Notes, while it is active, which sites each tensor is computed from.
+
+    Sources are the names of sites, and in angle brackets: :data:`NOISE` where a value
+    carries noise, and operations with kinks that were applied to such values.
 
     >>> with Tracker() as tracker:
     ...     a = tracker.mark(torch.tensor(1.0), {"a"})
@@ -68,6 +97,13 @@ class Tracker(TorchFunctionMode):
         result = func(*args, **kwargs)
         if sources:
             name = getattr(func, "__name__", "")
+            if NOISE in sources and (
+                name.rstrip("_") in _KINKS
+                or name in _KINKS
+                or name in _ESCAPES
+                or _is_discrete(result)
+            ):
+                sources |= {f"<{name.strip('_')}>"}
             if name in _ESCAPES:
                 self.escaped |= sources
                 return result
@@ -112,3 +148,9 @@ class Tracker(TorchFunctionMode):
             elif isinstance(thing, (Distribution, Transform)):
                 found |= self._collect(vars(thing).values())
         return found
+
+
+def _is_discrete(result: Any) -> bool:
+    return isinstance(result, torch.Tensor) and not (
+        result.is_floating_point() or result.is_complex()
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_macro.errors import NotAMicroState, PyroMacroError, UnsupportedLaw
+from pyro_macro.laws.fibre import choose_pivots
 from pyro_macro.laws.gaussian import Evidence, GaussianLaw, GaussianProgram
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import Shared, Site
@@ -136,6 +137,10 @@ class MicroState:
         :raises PyroMacroError: if it is NaN or infinite, or has a wrong shape.
         """
         event_dim = self.macro.aggregation.event_dim if event_dim is None else event_dim
+        if isinstance(number, (str, bytes, bool, complex)) or number is None:
+            raise PyroMacroError(
+                f"{self.what}: {role} is {number!r}. Expected a number or a tensor."
+            )
         tensor = torch.as_tensor(number).to(self.like)
         # A tensor that other code traces must not be looked into
         if type(tensor) is Tensor and not torch.isfinite(tensor).all():
@@ -166,16 +171,19 @@ class MicroState:
             )
         return tensor
 
-    def fibre(self, law: GaussianLaw, value: Tensor) -> tuple[Tensor, Tensor]:
+    def fibre(self, law: GaussianLaw, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The linear equations that a vector in the law's layout has to meet.
 
         :param value: the macro value, as from :meth:`tensor`.
-        :returns: rows ``(m, size)`` and values ``(..., m)``.
+        :returns: rows ``(m, size)``, values ``(..., m)``, and the indices ``(m,)`` of
+            the elements to solve for.
         """
-        rows, event_dim = self.rows, self.macro.aggregation.event_dim
+        rows, event_dim = self.rows.to(law.loc), self.macro.aggregation.event_dim
+        value = value.to(law.loc)
         value = value if event_dim else value.unsqueeze(-1)
+        pivots = choose_pivots(rows)
         if not law.joint:
-            return rows, value
+            return rows, value, pivots
         # The total holds at each place of the joint plates: one equation for each
         for frame in self.layout.frames:
             if frame.name in law.joint and frame.full_size not in (None, frame.size):
@@ -196,7 +204,8 @@ class MicroState:
         slots = torch.arange(count, device=rows.device)
         inside = places[1] == slots.unsqueeze(-1)  # (count, size)
         spread = rows[:, places[0]] * inside.unsqueeze(1).to(rows)  # (count, m, size)
-        return spread.flatten(0, 1), values
+        solved = torch.isin(places[0], pivots).nonzero().squeeze(-1)
+        return spread.flatten(0, 1), values, solved
 
     def place(self, law: GaussianLaw, index: int) -> Tensor:
         """Where one element of the micro state lies in the law's layout."""
@@ -226,7 +235,15 @@ Given = str | MacroVariable | Sequence[str | MacroVariable]
 
 def as_given(given: Given) -> tuple[str | MacroVariable, ...]:
     """What is given, as a tuple."""
-    return (given,) if isinstance(given, (str, MacroVariable)) else tuple(given)
+    if isinstance(given, (str, MacroVariable)):
+        return (given,)
+    if not isinstance(given, (list, tuple, set, frozenset)) or not all(
+        isinstance(thing, (str, MacroVariable)) for thing in given
+    ):
+        raise PyroMacroError(
+            f"given={given!r}: expected names of sites, macro-variables, or a list."
+        )
+    return tuple(given)
 
 
 class Realization(ABC):
@@ -238,10 +255,13 @@ class Realization(ABC):
     :ivar given: sites or macro-variables that are held at their value in the run.
     :cvar acts_on_natural: whether it changes the micro state that nature has drawn,
         instead of replacing it.
+    :cvar draws_own_law: whether it draws from the law of the micro state in the
+        program, so that it matters what else depends on the same sites.
     """
 
     given: Any = ()
     acts_on_natural: bool = False
+    draws_own_law: bool = False
 
     @abstractmethod
     def realize(self, state: MicroState) -> Realized:

@@ -50,11 +50,13 @@ class Natural(Realization):
 
     value: float | Tensor
     given: Given = ()
+    draws_own_law = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "given", as_given(self.given))
 
     def realize(self, state: MicroState) -> Realized:
         law = state.gaussian()
-        rows, value = state.fibre(law, state.tensor(self.value, "value"))
-        return Realized(NaturalNormal(law.loc, law.covariance, rows, value), law.layout)
+        rows, value, pivots = state.fibre(law, state.tensor(self.value, "value"))
+        micro = NaturalNormal(law.loc, law.covariance, rows, value, pivots)
+        return Realized(micro.to(state.like.dtype), law.layout)

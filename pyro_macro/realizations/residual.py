@@ -49,13 +49,23 @@ class Residual(Realization):
     value: float | Tensor
     absorb: str | int | Sequence[str | int]
     given: Given = ()
+    draws_own_law = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "given", as_given(self.given))
+        single = isinstance(self.absorb, (str, int))
+        names: Any = [self.absorb] if single else self.absorb
+        if not isinstance(names, (list, tuple)) or not all(
+            isinstance(name, (str, int)) for name in names
+        ):
+            raise PyroMacroError(
+                f"Residual: absorb={self.absorb!r}. Expected the name of a micro site, "
+                "the index of an element, or a list of these."
+            )
 
     def realize(self, state: MicroState) -> Realized:
         law = state.gaussian()
-        rows, value = state.fibre(law, state.tensor(self.value, "value"))
+        rows, value, pivots = state.fibre(law, state.tensor(self.value, "value"))
         single = isinstance(self.absorb, (str, int))
         names: Any = [self.absorb] if single else self.absorb
         indices = [self._index(name, state) for name in names]
@@ -71,12 +81,10 @@ class Residual(Realization):
                 "weight in the macro value is zero. Name an element that counts."
             )
         places = torch.stack([state.place(law, index) for index in indices], -1)
-        return Realized(
-            ResidualNormal(
-                law.loc, law.covariance, rows, value, absorb=places.flatten()
-            ),
-            law.layout,
+        micro = ResidualNormal(
+            law.loc, law.covariance, rows, value, pivots, absorb=places.flatten()
         )
+        return Realized(micro.to(state.like.dtype), law.layout)
 
     def _index(self, name: str | int, state: MicroState) -> int:
         layout = state.layout

@@ -78,10 +78,10 @@ class Shift(Realization):
             )
         if self.along is None:
             law = state.gaussian()
-            rows, moved = state.fibre(law, delta)
-            gain = NaturalNormal(law.loc, law.covariance, rows, moved).gain
+            rows, moved, pivots = state.fibre(law, delta)
+            gain = NaturalNormal(law.loc, law.covariance, rows, moved, pivots).gain
             step = (gain @ moved.unsqueeze(-1)).squeeze(-1)
-            return state.layout.stack(law.layout.unstack(step))
+            return state.layout.stack(law.layout.unstack(step)).to(state.like)
         along = torch.as_tensor(self.along).to(state.like)
         if along.dim() < 1 or along.shape[-1] != state.layout.size:
             raise PyroMacroError(

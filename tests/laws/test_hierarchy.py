@@ -193,22 +193,149 @@ def test_given_a_root_a_descendant_and_a_sibling():
         check(law_of(intervened, "sales"), mean[:2], covariance[:2, :2])
 
 
-def test_evidence_inside_is_known():
-    """A condition inside on a descendant of a confounder tells of the confounder."""
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_proxy_is_evidence_if_it_is_given(late, inside):
+    """Wherever it stands in the program, and whether it is observed or drawn."""
 
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("proxy", dist.Normal(z, 0.5))
+        if not late:
+            pyro.sample("proxy", dist.Normal(z, 0.5))
         pyro.sample("x1", dist.Normal(z, 1.0))
         pyro.sample("x2", dist.Normal(2 * z, 1.0))
+        if late:
+            pyro.sample("proxy", dist.Normal(z, 0.5))
+
+    def with_proxy(program):
+        return pyro.poutine.condition(program, {"proxy": torch.tensor(1.5)})
 
     sales = pm.MacroVariable("sales", ["x1", "x2"])
-    seen = pyro.poutine.condition(model, {"proxy": torch.tensor(1.5)})
-    law = law_of(pm.macro_do(seen, {sales: pm.Natural(4.0)}), "sales")
-    # z | proxy ~ N(1.2, 0.2)
+    square, line = torch.tensor([[1.0, 2.0], [2.0, 4.0]]), torch.tensor([1.0, 2.0])
+    # z ~ N(0, 1) without, z | proxy ~ N(1.2, 0.2) with the proxy
+    for given, mean, variance in [((), 0.0, 1.0), ("proxy", 1.2, 0.2)]:
+        interventions = {sales: pm.Natural(4.0, given=given)}
+        if inside:
+            intervened = pm.macro_do(with_proxy(model), interventions)
+        else:
+            intervened = with_proxy(pm.macro_do(model, interventions))
+        prior = mean * line, torch.eye(2) + variance * square
+        expected = condition(*prior, torch.ones(1, 2), torch.tensor([4.0]))
+        check(law_of(intervened, "sales"), *expected)
+
+
+def test_an_observed_parent_is_known():
+    """u -> z -> X and u -> X with z observed: what z tells of u counts."""
+
+    def model():
+        u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        z = pyro.sample("z", dist.Normal(u, 0.5), obs=torch.tensor(1.5))
+        pyro.sample("x1", dist.Normal(u + z, 1.0))
+        pyro.sample("x2", dist.Normal(2 * u, 1.0))
+
+    sales = pm.MacroVariable("sales", ["x1", "x2"])
+    law = law_of(pm.macro_do(model, {sales: pm.Natural(4.0)}), "sales")
     covariance = torch.eye(2) + 0.2 * torch.tensor([[1.0, 2.0], [2.0, 4.0]])
-    mean = 1.2 * torch.tensor([1.0, 2.0])
+    mean = 1.2 * torch.tensor([1.0, 2.0]) + torch.tensor([1.5, 0.0])
     check(law, *condition(mean, covariance, torch.ones(1, 2), torch.tensor([4.0])))
+    for hidden in (
+        pyro.poutine.mask(model, mask=False),
+        pyro.poutine.scale(model, scale=3.0),
+    ):
+        with pytest.raises(pm.UnsupportedLaw, match="'z'.*masked out or weighted"):
+            pm.macro_do(hidden, {sales: pm.Natural(4.0)})()
+        pm.macro_do(hidden, {sales: pm.Natural(4.0, given=["u"])})()
+
+
+def test_a_given_deterministic_site():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        d = pyro.deterministic("d", z + w)
+        pyro.sample("x1", dist.Normal(d, 1.0))
+        pyro.sample("x2", dist.Normal(z, 1.0))
+
+    sales = pm.MacroVariable("sales", ["x1", "x2"])
+    trace = pyro.poutine.trace(
+        pm.macro_do(model, {sales: pm.Natural(4.0, given="d")})
+    ).get_trace()
+    d = trace.nodes["d"]["value"]
+    # z | d ~ N(d / 2, 1 / 2)
+    mean, covariance = torch.stack([d, d / 2]), torch.diag(torch.tensor([1.0, 1.5]))
+    expected = condition(mean, covariance, torch.ones(1, 2), torch.tensor([4.0]))
+    check(trace.nodes["sales__micro"]["fn"], *expected)
+
+
+def test_slots_that_act_on_one_another_outside_of_their_plate():
+    """Centred across the plate: the slots' laws are coupled, and found to be."""
+
+    def model():
+        with pyro.plate("p", 3):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        centred = z - z.mean(-1, keepdim=True)
+        with pyro.plate("p", 3):
+            pyro.sample("x1", dist.Normal(centred, 1.0))
+            pyro.sample("x2", dist.Normal(0.0, 1.0))
+
+    value = torch.tensor([30.0, 33.0, 36.0])
+    sales = pm.MacroVariable("sales", ["x1", "x2"])
+    law = law_of(pm.macro_do(model, {sales: pm.Natural(value)}), "sales")
+    covariance = torch.eye(6)
+    covariance[:3, :3] += torch.eye(3) - 1 / 3
+    rows = torch.cat([torch.eye(3), torch.eye(3)], 1)
+    check(law, *condition(torch.zeros(6), covariance, rows, value))
+    torch.testing.assert_close(law.mean[:3], torch.tensor([14.5, 16.5, 18.5]))
+
+
+def test_a_shared_parent_without_a_plate_is_refused():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x1", dist.Normal(z.expand(3), 1.0))
+        pyro.sample("x2", dist.Normal(torch.zeros(3), 1.0))
+
+    sales = pm.MacroVariable("sales", ["x1", "x2"])
+    with pytest.raises(pm.NotAMicroState, match="no plate of size 3 at dim -1"):
+        pm.macro_do(model, {sales: pm.Natural(1.0)})()
+
+
+def test_a_plain_delta_site_upstream():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        d = pyro.sample("d", dist.Delta(2 * z))
+        pyro.sample("x1", dist.Normal(d, 1.0))
+        pyro.sample("x2", dist.Normal(0.0, 1.0))
+
+    sales = pm.MacroVariable("sales", ["x1", "x2"])
+    trace = pyro.poutine.trace(pm.macro_do(model, {sales: pm.Natural(4.0)})).get_trace()
+    assert trace.nodes["d"]["value"] == 2 * trace.nodes["z"]["value"]
+    law = trace.nodes["sales__micro"]["fn"]
+    covariance = torch.diag(torch.tensor([5.0, 1.0]))
+    expected = condition(
+        torch.zeros(2), covariance, torch.ones(1, 2), torch.tensor([4.0])
+    )
+    check(law, *expected)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda law: law.to_event(1),
+        lambda law: law.mask(True).to_event(1),
+        lambda law: dist.TransformedDistribution(
+            law, [dist.transforms.AffineTransform(0.0, 1.0)]
+        ).to_event(1),
+    ],
+)
+def test_wrapped_gaussians(wrap):
+    matrix = torch.tensor([[2.0, 0.5], [0.5, 1.0]])
+
+    def model():
+        pyro.sample("x", wrap(dist.MultivariateNormal(torch.ones(3, 2), matrix)))
+
+    total = pm.MacroVariable("total", "x")
+    law = law_of(pm.macro_do(model, {total: pm.Natural(4.0)}), "total")
+    prior = torch.ones(6), torch.block_diag(matrix, matrix, matrix)
+    check(law, *condition(*prior, torch.ones(1, 6), torch.tensor([4.0])))
 
 
 @pytest.mark.parametrize("seed", range(3))

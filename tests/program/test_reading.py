@@ -205,6 +205,37 @@ class Bayesian(PyroModule):
         return x1 + x2
 
 
+class Decorated(Bayesian):
+    @pm.macro_do(
+        interventions={pm.MacroVariable("sales", ["x1", "x2"]): pm.Natural(5.0)}
+    )
+    def forward(self):
+        loc = self.loc
+        pyro.sample("x1", dist.Normal(loc * self.weight, 1.0))
+        pyro.sample("x2", dist.Normal(loc, 1.0))
+        return loc
+
+
+class Outer(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.inner = Bayesian()
+
+    def forward(self):
+        sales = pm.MacroVariable("sales", ["x1", "x2"])
+        pm.macro_do(self.inner, {sales: pm.Natural(5.0)})()
+        return self.inner.loc
+
+
+@pytest.mark.parametrize("module, name", [(Decorated, "loc"), (Outer, "inner.loc")])
+def test_a_module_that_is_running_does_not_get_the_values_of_inner_runs(module, name):
+    trace = pyro.poutine.trace(module()).get_trace()
+    assert trace.nodes[name]["value"] == trace.nodes["_RETURN"]["value"] != 0
+    covariance = torch.tensor([[5.0, 2.0], [2.0, 2.0]])
+    expected = 5 * covariance.sum(1) / covariance.sum()
+    torch.testing.assert_close(trace.nodes["sales__micro"]["fn"].mean, expected)
+
+
 @pytest.mark.parametrize("given", [(), ("loc",)])
 def test_a_pyro_module_samples_each_attribute_once(given):
     module = Bayesian()

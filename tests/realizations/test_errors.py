@@ -177,11 +177,90 @@ def unsupported(way):
         lambda z, w: (torch.tensor(z.item()), 1.0),
         lambda z, w: (torch.tensor(1.0 if z > 0 else -1.0), 1.0),
         lambda z, w: (z.detach(), 1.0),
+        # kinks that large noise need not meet
+        lambda z, w: (torch.maximum(z, w + 1), 1.0),
+        lambda z, w: (torch.stack([z, w]).sort()[0][0], 1.0),
+        lambda z, w: ((w - z - 3).relu(), 1.0),
+        lambda z, w: (z + 3 * (w > z + 3.5), 1.0),
+        lambda z, w: (z + torch.where((z > 0.5) & (z < 1.5), 5.0, 0.0), 1.0),
+        lambda z, w: (0.0, 1 + 10 * (w - z - 3).relu()),
+        lambda z, w: (z.abs(), 1.0),
+        lambda z, w: (z.long().to(z.dtype), 1.0),
+        lambda z, w: (torch.nn.functional.leaky_relu(z - 20), 1.0),
+        lambda z, w: (torch.randn(()) + 0 * z, 1.0),
     ],
 )
-def test_programs_that_are_not_affine_are_refused(way):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_programs_that_are_not_affine_are_refused(way, dtype):
+    torch.set_default_dtype(dtype)
     with pytest.raises(pm.UnsupportedLaw, match="not jointly affine-Gaussian.*'z'"):
         run(pm.Natural(33.0), unsupported(way))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        lambda z, w: (1e5 + z**2, 1.0),
+        lambda z, w: (1e4 + z, torch.exp(0.2 * z)),
+        lambda z, w: (1e4 + z * w, 1.0),
+    ],
+)
+def test_small_effects_beside_large_values_count_in_float32(way):
+    torch.set_default_dtype(torch.float32)
+    with pytest.raises(pm.UnsupportedLaw, match="not jointly affine-Gaussian"):
+        run(pm.Natural(33.0), unsupported(way))
+    affine = unsupported(lambda z, w: (1e5 + z - 2 * w, 1.0))
+    run(pm.Natural(33.0), affine)
+
+
+def test_a_kink_in_what_is_held_is_no_kink():
+    run(pm.Natural(33.0, given=["z"]), unsupported(lambda z, w: (z.relu() + w, 1.0)))
+    bounded = unsupported(lambda z, w: (w, pyro.param("s", torch.ones(())).clamp(0.1)))
+    run(pm.Natural(33.0), bounded)
+
+
+@pytest.mark.parametrize("value", ["33", None, True, 3 + 4j])
+def test_a_value_of_the_wrong_type(value):
+    with pytest.raises(pm.PyroMacroError, match="Expected a number or a tensor"):
+        run(pm.Natural(value))
+
+
+def test_malformed_arguments_of_realizations():
+    for given in (3, [3], {"z": 1.0}, torch.ones(2)):
+        with pytest.raises(pm.PyroMacroError, match="expected names of sites"):
+            pm.Natural(33.0, given=given)
+    for absorb in (1.0, [1.0], None):
+        with pytest.raises(pm.PyroMacroError, match="Expected the name of a micro"):
+            pm.Residual(33.0, absorb=absorb)
+
+
+def test_a_name_that_is_taken():
+    def model():
+        pyro.sample("sales", dist.Normal(0.0, 1.0))
+        shop()
+
+    with pytest.raises(pm.PyroMacroError, match="a site of that name already"):
+        run(pm.Natural(33.0), model)
+
+
+@pytest.mark.parametrize(
+    "realization",
+    [
+        pm.Allocate(1.0, [0.5, 0.5]),
+        pm.Proportional(1.0),
+        pm.Shift(1.0, along=[1.0, 0.0]),
+        pm.Residual(1.0, "x1"),
+        pm.Explicit(1.0, lambda v: dist.Delta(v.expand(2) / 2, event_dim=1)),
+    ],
+)
+@pytest.mark.parametrize("micro", [["x1", "x2"], ["x2", "x1"]])
+def test_a_directed_path_is_refused_whatever_the_realization(realization, micro):
+    def model():
+        x1 = pyro.sample("x1", dist.Normal(0.0, 1.0))
+        pyro.sample("x2", dist.Normal(3 * x1, 0.1))
+
+    with pytest.raises(pm.NotAMicroState, match="path from 'x1' to 'x2'"):
+        run(realization, model, pm.MacroVariable("sales", micro))
 
 
 @pytest.mark.parametrize(
@@ -283,8 +362,14 @@ def test_dependent_totals_in_one_handler():
             pyro.sample(name, dist.Normal(z, 1.0))
 
     other = pm.MacroVariable("other", ["y1", "y2"])
-    with pytest.raises(pm.UnsupportedLaw, match=r"dependent, through \['z'\]"):
-        pm.macro_do(model, {SALES: pm.Natural(1.0), other: pm.Natural(1.0)})()
+    for first, second in [
+        (pm.Natural(1.0), pm.Natural(1.0)),
+        (pm.Natural(1.0), pm.Residual(1.0, "y1")),
+        (pm.Residual(1.0, "x1"), pm.Residual(1.0, "y1")),
+    ]:
+        with pytest.raises(pm.UnsupportedLaw, match=r"dependent, through \['z'\]"):
+            pm.macro_do(model, {SALES: first, other: second})()
+    pm.macro_do(model, {SALES: pm.Natural(1.0), other: pm.Allocate(1.0, [0.0, 1.0])})()
     held = {SALES: pm.Natural(1.0, given="z"), other: pm.Natural(1.0, given="z")}
     pm.macro_do(model, held)()
 
