@@ -468,6 +468,7 @@ class MacroDo(_Setting):
     def _pyro_sample(self, msg: Message) -> None:
         name = str(msg["name"])
         if name in self._own:
+            self._passing[id(msg)] = name
             return
         if name in self._met and msg.get("_intervener_id") is None:
             self._begin()  # a site for the second time: another run has begun
