@@ -17,18 +17,18 @@ from torch import Size, Tensor
 from torch.distributions import Transform
 
 from pyro_macro.errors import NotAMicroState, UnsupportedLaw
-from pyro_macro.laws.covariance import (
-    Blocks,
-    Covariance,
-    Dense,
-    Diagonal,
-    Explained,
-    Shared,
+from pyro_macro.laws.covariance import Covariance, Explained
+from pyro_macro.laws.derivatives import (
+    agree,
+    coupled_plates,
+    covariances_by_columns,
+    covariances_by_rows,
 )
+from pyro_macro.laws.structure import Structure
 from pyro_macro.program.inner import Shared as SharedStatement
 from pyro_macro.program.inner import Site
 from pyro_macro.program.layout import Layout
-from pyro_macro.program.noise import Key, Noise, NoiseRun, NoiseView
+from pyro_macro.program.noise import Noise, NoiseRun, NoiseView
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,9 +166,9 @@ class GaussianProgram:
             if frame.vectorized
             and any(all(f.name != frame.name for f in thing.frames) for thing in things)
         }
-        joint |= _coupled(views[0], base.frames, 1)
+        joint |= coupled_plates(views[0], base.frames, 1)
         for known, view in zip(evidence, views[1:], strict=True):
-            joint |= _coupled(view, base.frames, len(known.event_shape))
+            joint |= coupled_plates(view, base.frames, len(known.event_shape))
         layout = Layout(sites, (*base.over, *sorted(joint)), what)
 
         loc = layout.stack(values)
@@ -180,8 +180,8 @@ class GaussianProgram:
             self._check(layout, view, scale, what)
         # Covariances in float64, whatever the model's dtype: differences of large
         # terms decide how wide a fibre is
-        builder = _Builder(layout, view, scale.double().square())
-        covariance = builder.covariance(what)
+        structure = Structure(layout, view, scale.double().square())
+        covariance = structure.covariance(what)
         if evidence:
             loc, covariance = self._condition(
                 layout, view, covariance, noises, evidence, what
@@ -412,9 +412,9 @@ class GaussianProgram:
         value = stack(lambda e: e.value)
         rows = NoiseView(known, noises, self.differentiable)
         if math.prod(known.shape[:-1]) > layout.batch_shape.numel():
-            crossed, total = _covariances_by_columns(view, rows, layout)
+            crossed, total = covariances_by_columns(view, rows, layout)
         else:
-            crossed, total = _covariances_by_rows(view, rows)
+            crossed, total = covariances_by_rows(view, rows)
         for probe in self.probes:
             directions = {
                 n.key: probe.drawn[n.key].unsqueeze(0)
@@ -451,331 +451,6 @@ class GaussianProgram:
 
 def _expression(run: NoiseRun, known: Evidence) -> Tensor:
     return known.of(run)
-
-
-def _covariances_by_rows(view: NoiseView, rows: NoiseView) -> tuple[Tensor, Tensor]:
-    """The covariance of the state with what is known, and of the latter.
-
-    Few rows are known: one reverse pass a row gives their coefficients, and forward
-    derivatives along these are the covariances.
-
-    :returns: shapes ``(..., K, r)`` and ``(..., r, r)``.
-    """
-    r = rows.output.shape[-1]
-    cotangents = torch.eye(r, dtype=rows.output.dtype, device=rows.output.device)
-    cotangents = cotangents.reshape((r,) + (1,) * (rows.output.dim() - 1) + (r,))
-    coefficients = rows.backward(cotangents.expand((r,) + rows.output.shape))
-    crossed, total = view.forward(coefficients), rows.forward(coefficients)
-    return crossed.movedim(0, -1).double(), total.movedim(0, -1).double()
-
-
-def _covariances_by_columns(
-    view: NoiseView, rows: NoiseView, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """The same where the coefficients differ along dimensions that are no plates.
-
-    Such dimensions come from values that are held, as posterior samples are; the noise
-    does not have them, so that a reverse pass would add them up.
-    """
-    noises = list({n.key: n for n in [*view.noises, *rows.noises]}.values())
-    directions = _all_directions(noises, layout)
-    state = view.forward(directions).movedim(0, -1).double()
-    known = rows.forward(directions).movedim(0, -1).double()
-    return state @ known.mT, known @ known.mT
-
-
-def _all_directions(noises: Sequence[Noise], layout: Layout) -> dict[Key, Tensor]:
-    """Unit directions for all elements of some groups, plates that stay apart."""
-    parts = []
-    for noise in noises:
-        batch = _batch_axes(noise, layout)
-        rest = [a for a in range(noise.leaf.dim()) if a not in batch]
-        parts.append(_directions(noise.leaf, rest))
-    count = sum(len(part) for part in parts)
-    directions: dict[Key, Tensor] = {}
-    start = 0
-    for noise, part in zip(noises, parts, strict=True):
-        whole = part.new_zeros((count,) + noise.leaf.shape)
-        whole[start : start + len(part)] = part
-        directions[noise.key] = whole
-        start += len(part)
-    return directions
-
-
-def _batch_axes(noise: Noise, layout: Layout) -> list[int]:
-    """The axes of a group that are plates which stay, in ascending order."""
-    own = {f.name for f in noise.frames}
-    plates = noise.leaf.dim() - noise.event_dim
-    return sorted(
-        plates + f.dim for f in layout.frames if f.vectorized and f.name in own
-    )
-
-
-class _Builder:
-    """Finds the structure of a covariance, and its cheapest form.
-
-    The vector is a grid: sites times the shape that the sites have in common (its
-    *grain*: plates, then event dimensions). A group of noises is *local* to a depth if
-    noise at one place of the first dimensions of the grain acts only there. That is
-    supposed from the shapes, and checked with a random direction.
-    """
-
-    def __init__(self, layout: Layout, view: NoiseView, variance: Tensor) -> None:
-        self.layout, self.view, self.variance = layout, view, variance
-        grain = layout.grain
-        self.outer = len(layout.names) if grain is not None else layout.size
-        self.grain = tuple(grain) if grain is not None else ()
-        self.plates = [] if grain is None else layout.over_dims
-
-    def covariance(self, what: str) -> Covariance:
-        groups: list[tuple[int, Tensor]] = []
-        shared: list[Noise] = []
-        for noise in self.view.noises:
-            depth, columns = self._local(noise)
-            if columns is None:
-                shared.append(noise)
-            else:
-                groups.append((depth, columns))
-        if shared:
-            directions = _all_directions(shared, self.layout)
-            columns = self.view.forward(directions).movedim(0, -1)
-            groups.append((0, columns.double()))
-        if self._has_gaps():
-            return self._without_own_noise(groups, what)
-        return self._nest(groups)
-
-    def _has_gaps(self) -> bool:
-        return bool((self.variance.detach() == 0).any())
-
-    def _nest(self, groups: list[tuple[int, Tensor]]) -> Covariance:
-        """From the finest level to the coarsest, each adding the noises it shares."""
-        depths = sorted({depth for depth, _ in groups} | {0})
-        covariance: Covariance | None = None
-        for i in reversed(range(len(depths))):
-            levels = depths[: i + 1]
-            if covariance is None:
-                variance = self._at(self.variance.unsqueeze(-1), levels).squeeze(-1)
-                covariance = Diagonal(variance)
-            columns = [self._at(c, levels) for d, c in groups if d == depths[i]]
-            if columns:
-                covariance = _add(covariance, torch.cat(_aligned(columns), -1))
-            if i:
-                start, stop = depths[i - 1], depths[i]
-                covariance = Blocks(
-                    covariance,
-                    outer=self.outer,
-                    slots=math.prod(self.grain[start:stop]),
-                    inner=math.prod(self.grain[stop:]),
-                )
-        assert covariance is not None
-        return covariance
-
-    def _without_own_noise(
-        self, groups: list[tuple[int, Tensor]], what: str
-    ) -> Covariance:
-        """Elements without noise of their own: dense blocks, as small as can be."""
-        depths = sorted({depth for depth, _ in groups if depth})
-        for depth in reversed([0, *depths]):
-            inside = [
-                self._spread(c, depth, d)
-                for d, c in groups
-                if d >= depth and (d or not depth)
-            ]
-            outside = [(d, c) for d, c in groups if d < depth]
-            if not inside:
-                continue
-            levels = [0, depth] if depth else [0]
-            factor = torch.cat(_aligned([self._at(c, levels) for c in inside]), -1)
-            variance = self._at(self.variance.unsqueeze(-1), levels).squeeze(-1)
-            matrix = torch.diag_embed(variance) + factor @ factor.mT
-            cholesky, info = torch.linalg.cholesky_ex(matrix)
-            thin = cholesky.diagonal(dim1=-2, dim2=-1)
-            scale = matrix.diagonal(dim1=-2, dim2=-1).sqrt()
-            limit = 10 * torch.finfo(thin.dtype).eps ** 0.5
-            if info.any() or (thin <= limit * scale).any():
-                continue
-            covariance: Covariance = Dense(cholesky)
-            if depth:
-                covariance = Blocks(
-                    covariance,
-                    outer=self.outer,
-                    slots=math.prod(self.grain[:depth]),
-                    inner=math.prod(self.grain[depth:]),
-                )
-            rest = [self._spread(c, 0, d) if d else c for d, c in outside]
-            return (
-                _add(covariance, torch.cat(_aligned(rest), -1)) if rest else covariance
-            )
-        raise UnsupportedLaw(
-            f"{what}: the law of the micro state is degenerate: some of its elements "
-            f"are determined by the others (sites {self.layout.names}). Leave out the "
-            "sites that follow from the others, or use Allocate or Explicit."
-        )
-
-    def _at(self, array: Tensor, levels: list[int]) -> Tensor:
-        """``(..., K, c)`` as ``(..., slots of each level, elements of a slot, c)``."""
-        batch, c = array.shape[:-2], array.shape[-1]
-        slots = tuple(
-            math.prod(self.grain[a:b]) for a, b in zip(levels, levels[1:], strict=False)
-        )
-        inner = math.prod(self.grain[levels[-1] :])
-        grid = array.reshape(batch + (self.outer, *slots, inner, c))
-        grid = grid.movedim(len(batch), len(batch) + len(slots))
-        return grid.reshape(batch + slots + (self.outer * inner, c))
-
-    def _spread(self, columns: Tensor, depth: int, own: int) -> Tensor:
-        """Columns local to depth ``own``, one set for each place below ``depth``."""
-        if own == depth:
-            return columns
-        slots = math.prod(self.grain[depth:own])
-        before, after = math.prod(self.grain[:depth]), math.prod(self.grain[own:])
-        batch, c = columns.shape[:-2], columns.shape[-1]
-        grid = columns.reshape(batch + (self.outer, before, slots, after, 1, c))
-        identity = torch.eye(slots, dtype=columns.dtype, device=columns.device)
-        grid = grid * identity.reshape(slots, 1, slots, 1)
-        return grid.reshape(batch + (columns.shape[-2], slots * c))
-
-    def _local(self, noise: Noise) -> tuple[int, Tensor | None]:
-        """The depth to which a group is local, and its columns there."""
-        for depth in self._candidates(noise):
-            axes = self._axes(noise, depth)
-            count = math.prod(noise.leaf.shape[a] for a in axes["rest"])
-            if count > 4 * self.layout.size:
-                continue
-            columns = self.view.forward(
-                {noise.key: _directions(noise.leaf, axes["rest"])}
-            )
-            columns = columns.movedim(0, -1)  # (..., K, count)
-            if self._confirmed(noise, depth, axes, columns):
-                return depth, columns.double()
-        return 0, None
-
-    def _candidates(self, noise: Noise) -> list[int]:
-        """Depths to try, deepest first; 0 is left to the shared groups."""
-        dims = {f.dim for f in noise.frames if f.vectorized}
-        depth = 0
-        for dim in self.plates:
-            if dim not in dims:
-                break
-            depth += 1
-        if depth < len(self.plates):
-            return [depth] if depth else []
-        event = self.grain[len(self.plates) :]
-        shape = tuple(noise.leaf.shape[noise.leaf.dim() - noise.event_dim :])
-        candidates = [depth]
-        if event and shape == event:
-            candidates.insert(0, depth + len(event))
-        return [d for d in candidates if d]
-
-    def _axes(self, noise: Noise, depth: int) -> dict[str, list[int]]:
-        """Which dimensions of a group are batch, which the grain, which the rest."""
-        total = noise.leaf.dim()
-        plates = [total - noise.event_dim + dim for dim in self.plates[:depth]]
-        events = list(range(total - noise.event_dim, total))
-        grain = plates + events[: max(0, depth - len(self.plates))]
-        batch = _batch_axes(noise, self.layout)
-        rest = [a for a in range(total) if a not in grain and a not in batch]
-        return {"batch": batch, "grain": grain, "rest": rest}
-
-    def _confirmed(
-        self, noise: Noise, depth: int, axes: dict[str, list[int]], columns: Tensor
-    ) -> bool:
-        generator = torch.Generator().manual_seed(0)
-        trial = torch.randn(noise.leaf.shape, generator=generator, dtype=torch.float64)
-        trial = trial.to(noise.leaf)
-        with torch.no_grad():
-            actual = self.view.forward({noise.key: trial.unsqueeze(0)})[0].detach()
-            order = axes["batch"] + axes["grain"] + axes["rest"]
-            moved = trial.permute(order)
-            batch = self._batch_shape(noise, axes)
-            count = columns.shape[-1]
-            slots = math.prod(self.grain[:depth])
-            moved = moved.reshape(batch + (1, slots, 1, count))
-            inner = math.prod(self.grain[depth:])
-            moved = moved.expand(batch + (self.outer, slots, inner, count))
-            moved = moved.reshape(batch + (self.outer * slots * inner, count))
-            predicted = (columns.detach() * moved).sum(-1)
-        zero = torch.zeros_like(actual)
-        return agree(zero, [predicted], actual, torch.finfo(actual.dtype).eps)
-
-    def _batch_shape(self, noise: Noise, axes: dict[str, list[int]]) -> tuple[int, ...]:
-        """The shape of a group's batch dimensions, each at its own place."""
-        total = noise.leaf.dim()
-        sizes = {
-            a - (total - noise.event_dim): noise.leaf.shape[a] for a in axes["batch"]
-        }
-        deepest = max([-d for d in sizes], default=0)
-        return tuple(sizes.get(d, 1) for d in range(-deepest, 0))
-
-
-def _directions(leaf: Tensor, rest: list[int]) -> Tensor:
-    """One direction for each place of the ``rest`` axes, the same along the others."""
-    shape = [leaf.shape[a] if a in rest else 1 for a in range(leaf.dim())]
-    count = math.prod(shape)
-    identity = torch.eye(count, dtype=leaf.dtype, device=leaf.device)
-    return identity.reshape([count, *shape]).expand((count,) + leaf.shape)
-
-
-def _aligned(columns: list[Tensor]) -> list[Tensor]:
-    batch = torch.broadcast_shapes(*(c.shape[:-1] for c in columns))
-    return [c.expand(batch + c.shape[-1:]) for c in columns]
-
-
-def _add(base: Covariance, factor: Tensor) -> Covariance:
-    """``C + F F'``, dense where the factor is as wide as it is high."""
-    size, width = factor.shape[-2:]
-    if width < size:
-        return Shared(base, factor)
-    return Dense(torch.linalg.cholesky(base.dense(factor) + factor @ factor.mT))
-
-
-def agree(
-    start: Tensor, moves: Sequence[Tensor], found: Tensor, precision: float
-) -> bool:
-    """Whether ``start + sum(moves) == found`` but for rounding; not so if it is NaN.
-
-    What is compared is the change: it may be small beside the values.
-    """
-    start, found = start.detach(), found.detach()
-    moves = torch.broadcast_tensors(*(move.detach() for move in moves))
-    size = sum((move.abs() for move in moves), start=torch.zeros_like(moves[0]))
-    limit = precision**0.5 * size + 64 * precision * (start.abs() + found.abs())
-    return bool(((found - start - sum(moves)).abs() <= limit).all())
-
-
-def _coupled(view: NoiseView, frames: Sequence[Any], event_dim: int) -> set[str]:
-    """The plates along which slots act on one another, through what is outside.
-
-    With one weight for each slot in the cotangent, the gradient at each slot of a noise
-    has that slot's weight, unless other slots took part.
-    """
-    found: set[str] = set()
-    if not view.noises:
-        return found
-    shape = view.output.shape
-    generator = torch.Generator().manual_seed(0)
-    plain = torch.rand(shape[len(shape) - event_dim :], generator=generator)
-    plain = (1 + plain).to(view.output).expand(shape)
-    for frame in frames:
-        if not frame.vectorized or len(shape) - event_dim < -frame.dim:
-            continue
-        axis = frame.dim - event_dim
-        if shape[axis] == 1:
-            continue
-        weights = 1 + torch.rand(shape[axis], generator=generator).to(view.output)
-        along = weights.reshape([-1] + [1] * (-axis - 1))
-        both = view.backward(torch.stack([plain, plain * along]))
-        for noise in view.noises:
-            if all(f.name != frame.name for f in noise.frames):
-                continue
-            one, other = both[noise.key].detach()
-            place = frame.dim - noise.event_dim
-            expected = one * weights.reshape([-1] + [1] * (-place - 1))
-            zero = torch.zeros_like(other)
-            precision = torch.finfo(other.dtype).eps
-            if not agree(zero, [expected], other, precision):
-                found.add(frame.name)
-    return found
 
 
 def requires_grad(thing: Any) -> bool:
