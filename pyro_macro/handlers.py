@@ -116,8 +116,10 @@ def macro_do(fn: Any = None, interventions: Any = None) -> Any:
     Works as a wrapper, a decorator and a context manager. As a context manager it does
     not see the program before it runs: micro sites that come before the last one of
     their macro-variable must not be used until that is drawn, and :class:`Natural` and
-    :class:`Residual` need all random sites before them in ``given``. Wrap the model
-    where that is too little.
+    :class:`Residual` need all random sites before them in ``given``. Sites that were
+    drawn before the context, or are hidden by ``poutine.block``, count as constants, as
+    what a wrapped model closes over does. Wrap the model where that is too little, and
+    for inference, whose guides read the model behind the handler's back.
 
     :param fn: a model. Without one, the handler itself is returned.
     :param interventions: a realization, which carries the macro value, for each

@@ -11,7 +11,6 @@ state, a latent with K - 1 free coordinates, is Gaussian on the fibre.
 
 import pyro
 import pyro.distributions as dist
-import pytest
 import torch
 from pyro.infer import (
     MCMC,
@@ -105,7 +104,6 @@ def compare(samples, diagnostics, mean, variance):
     assert ((ratio - 1).abs() < 5 * (2 / size).sqrt()).all()
 
 
-@pytest.mark.slow
 def test_nuts_learns_prices():
     x, revenue = data()
     model = condition(pm.macro_do(shop, INTERVENTION), {"sales__micro": x})
@@ -115,7 +113,6 @@ def test_nuts_learns_prices():
     compare(samples["alpha"], diagnostics["alpha"], mean, covariance.diagonal())
 
 
-@pytest.mark.slow
 def test_nuts_infers_the_micro_state_from_revenue():
     _, revenue = data()
     known = condition(pm.macro_do(shop, INTERVENTION), {"alpha": ALPHA})

@@ -12,6 +12,7 @@ from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
+import networkx as nx
 import torch
 from torch import Size, Tensor
 from torch.distributions import Transform
@@ -29,6 +30,7 @@ from pyro_macro.program.inner import Shared as SharedStatement
 from pyro_macro.program.inner import Site
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.noise import Noise, NoiseRun, NoiseView
+from pyro_macro.program.reading import dependence
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,15 +227,17 @@ class GaussianProgram:
 
     def ancestors(self, names: Sequence[str], through_held: bool = False) -> set[str]:
         """The sites upstream of ``names``; behind a held one nothing is looked for."""
-        found: set[str] = set()
-        frontier = list(names)
-        while frontier:
-            name = frontier.pop()
-            for parent in self.sites[name].parents - found:
-                found.add(parent)
-                if through_held or not self._fixed(parent):
-                    frontier.append(parent)
-        return found
+        graph = self._graph if through_held else self._graph_below_held
+        parents = set().union(*(self.sites[name].parents for name in names))
+        return parents.union(*(nx.ancestors(graph, name) for name in parents))
+
+    @cached_property
+    def _graph(self) -> nx.DiGraph:
+        return dependence(self.sites)
+
+    @cached_property
+    def _graph_below_held(self) -> nx.DiGraph:
+        return dependence(self.sites, [n for n in self.sites if self._fixed(n)])
 
     def latent_sources(self, names: Sequence[str]) -> set[str]:
         """The random sites that ``names`` depend on, themselves among them."""

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import pyro
 import torch
 from pyro.poutine.runtime import Message
@@ -30,13 +31,20 @@ class Program:
 
     def ancestors(self, name: str) -> frozenset[str]:
         """All sites with a directed path to ``name``."""
-        found: set[str] = set()
-        frontier = [name]
-        while frontier:
-            parents = self.sites[frontier.pop()].parents - found
-            found |= parents
-            frontier.extend(parents)
-        return frozenset(found)
+        return frozenset(nx.ancestors(dependence(self.sites), name))
+
+
+def dependence(sites: Mapping[str, Site], roots: Collection[str] = ()) -> nx.DiGraph:
+    """The graph of the sites, an edge from each parent to its child.
+
+    :param roots: sites whose parents are left out, as those that are held.
+    """
+    graph = nx.DiGraph()
+    graph.add_nodes_from(sites)
+    for name, site in sites.items():
+        if name not in roots:
+            graph.add_edges_from((parent, name) for parent in site.parents)
+    return graph
 
 
 class _ReadingRun(InnerRun):

@@ -22,6 +22,7 @@ class Allocate(Realization):
     :param shares: the micro state for macro value one, ``pi(shares) = 1``: shape
         ``(K,)``, in the order of the micro sites, with any batch dimensions. For a
         vector of ``m`` macro values: shape ``(m, K)``, one row for each.
+    :raises OffFibre: when the shares turn out not to have macro value one.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
     >>> def shop():

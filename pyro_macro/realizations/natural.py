@@ -34,7 +34,9 @@ class Natural(Realization):
 
     :param value: the macro value: a number, or a tensor that broadcasts against the
         plates that stay (with one more dimension for a vector of macro values).
-    :param given: a site or macro-variable, or several.
+    :param given: a site or macro-variable, or several. An observed site that the
+        micro state depends on is held too; other observations count only if given.
+    :raises UnsupportedLaw: when it is used on a program whose law is not Gaussian.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
     >>> def shop():

@@ -20,6 +20,7 @@ class Proportional(Realization):
     parents, and the latent site holds the natural state before it is rescaled.
 
     :param value: the macro value.
+    :raises OffFibre: in a run whose natural macro value is zero.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
     >>> def shop():

@@ -34,6 +34,7 @@ class Residual(Realization):
         values: ``m`` of these.
     :param given: sites or macro-variables held at their value in the run, as for
         :class:`~pyro_macro.Natural`; parameters and their priors belong there.
+    :raises UnsupportedLaw: when it is used on a program whose law is not Gaussian.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
     >>> def shop():

@@ -36,6 +36,7 @@ class Shift(Realization):
         coefficient is that of the natural realization.
     :param given: what is held when the natural direction is computed, as for
         :class:`~pyro_macro.Natural`; parameters and their priors belong there.
+    :raises OffFibre: when ``along`` turns out not to have macro value one.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
     >>> def shop():
