@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import pyro.distributions as dist
+from pyro.distributions.constraints import real, real_vector
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_macro.errors import OffFibre, PyroMacroError, UnsupportedLaw
-from pyro_macro.intervention import Target
+from pyro_macro.intervention import Target, base
 from pyro_macro.laws.fibre import tolerance
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import same_parameters
@@ -150,3 +152,22 @@ def refuse_off_fibre(
             "set, in every draw. Look at the distribution of the realization, or at "
             "what a handler outside does to the latent site."
         )
+
+
+def refuse_off_support(target: Target, values: Mapping[str, Tensor]) -> None:
+    """A micro site gets a value that its own distribution could have."""
+    for name, value in values.items():
+        fn = target.state.sites[name].fn
+        support = getattr(base(fn), "support", None)
+        if isinstance(base(fn), dist.Delta) or support in (real, real_vector, None):
+            continue
+        inside = fn.support.check(value)
+        if not bool(inside.all()):
+            depth = value.dim() - inside.dim()
+            worst = value.flatten(end_dim=-1 - depth) if depth else value.flatten()
+            worst = worst[(~inside).flatten().nonzero()[0, 0]]
+            raise OffFibre(
+                f"{target.what}: micro site {name!r} gets the value {worst.tolist()}, "
+                f"off its support {support}. Choose a macro value, or a realization, "
+                "that its distribution can follow."
+            )

@@ -28,6 +28,7 @@ from pyro_macro.checks import (
     refuse_mask,
     refuse_moved,
     refuse_off_fibre,
+    refuse_off_support,
     refuse_repeated,
     refuse_unexplained,
 )
@@ -356,6 +357,8 @@ class _Setting(_Handler):
         else:
             draw = self._latent(target, msg)
         values = realized.layout.unstack(realized.push(draw))
+        if is_validation_enabled():
+            refuse_off_support(target, values)
         micro = state.layout.stack(values)
         event_dim = macro.aggregation.event_dim
         value = state.total(micro) if target.value is None else target.value

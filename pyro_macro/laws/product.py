@@ -25,9 +25,7 @@ class StackedSites(TorchDistribution):
 
     arg_constraints: dict[str, Any] = {}
 
-    def __init__(
-        self, parts: dict[str, Any], layout: Layout, batch_shape: Size | None = None
-    ) -> None:
+    def __init__(self, parts: dict[str, Any], layout: Layout) -> None:
         self.parts, self.layout = parts, layout
         self._over = {
             name: [dim for dim, _ in over]
@@ -44,9 +42,8 @@ class StackedSites(TorchDistribution):
         dims = {dim for over in self._over.values() for dim in over}
         while own and own[0] == 1 and -len(own) in dims:
             own = own[1:]
-        super().__init__(
-            own if batch_shape is None else batch_shape, Size([layout.size])
-        )
+        super().__init__(own, Size([layout.size]))
+        _ = self.support  # refuses sites that cannot be stacked
 
     @property
     def has_rsample(self) -> bool:  # type: ignore[override]

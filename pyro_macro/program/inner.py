@@ -70,7 +70,9 @@ class Site:
     deterministic: bool
 
     @classmethod
-    def of(cls, msg: Message, sources: frozenset[str] = frozenset()) -> Site:
+    def of(
+        cls, msg: Message, sources: frozenset[str] = frozenset(), known: bool = True
+    ) -> Site:
         """The site behind a message that is on its way out."""
         deterministic = is_deterministic(msg)
         return cls(
@@ -80,7 +82,7 @@ class Site:
             frames=msg["cond_indep_stack"],
             parents=site_names(sources) - {str(msg["name"])},
             kinks=kinks(sources),
-            known=_is_known(msg),
+            known=known,
             event_shape=torch.Size(getattr(msg["fn"], "event_shape", ())),
             observed=bool(msg["is_observed"]) and not deterministic,
             deterministic=deterministic,
@@ -223,7 +225,10 @@ def _is_known(msg: Message) -> bool:
     weight = 1.0
     for frame in msg["cond_indep_stack"]:
         weight *= (frame.full_size or frame.size) / frame.size
-    return bool(msg["scale"] == weight)
+    scale = msg["scale"]
+    if isinstance(scale, torch.Tensor):
+        return bool((scale == weight).all())
+    return scale == weight
 
 
 class InnerRun(Messenger):
@@ -287,7 +292,7 @@ class InnerRun(Messenger):
         sources = self.tracker.sources(msg["fn"]) | self.tracker.escaped
         if is_deterministic(msg) or msg["is_observed"]:
             sources |= self.tracker.sources(msg["value"])
-        site = Site.of(msg, sources)
+        site = Site.of(msg, sources, not msg["is_observed"] or _is_known(msg))
         self._sites[id(msg)] = site
         self._noisy[id(msg)] = NOISE in sources
         value = self.choose(msg, site)

@@ -62,7 +62,10 @@ class _ReadingRun(InnerRun):
 
 def draw(fn: Any) -> torch.Tensor:
     """A private draw, after which the random state is what it was."""
-    some = next((v for v in vars(fn).values() if isinstance(v, torch.Tensor)), None)
+    base = fn
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    some = next((v for v in vars(base).values() if isinstance(v, torch.Tensor)), None)
     device = torch.device("cpu") if some is None else some.device
     with preserved_random_state(device), torch.no_grad():
         return fn.sample()
