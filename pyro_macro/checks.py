@@ -9,13 +9,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro.distributions.constraints import real, real_vector
 from pyro.ops.provenance import detach_provenance
 from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_macro.errors import OffFibre, PyroMacroError, UnsupportedLaw
-from pyro_macro.intervention import Target, base
+from pyro_macro.intervention import Pending, Target, base
 from pyro_macro.laws.fibre import tolerance
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import same_parameters
@@ -99,20 +100,24 @@ def refuse_mask(target: Target, msg: Message) -> None:
             )
 
 
-def refuse_changed(what: str, which: str, value: Tensor, msg: Message) -> None:
+def refuse_changed(
+    what: str, which: str, value: Tensor, msg: Message, by: str = "macro_do"
+) -> None:
     found: Any = detach_provenance(msg["value"])  # type: ignore[type-var]
     known = detach_provenance(value)
     same = found is known or (
         # the same tensor behind another object, as inner runs hand out
         isinstance(found, Tensor)
-        and found.shape == known.shape
-        and found.data_ptr() == known.data_ptr()
+        and not isinstance(known, Pending)
+        and (found.shape, found.dtype) == (known.shape, known.dtype)
+        and (found.data_ptr() == known.data_ptr() or torch.equal(found, known))
     )
     if not same:
         raise PyroMacroError(
-            f"{what}: {which} is set by macro_do, and a handler outside (condition, do "
-            "or the like) gave it another value. Condition the latent site "
-            "'<macro-variable>__micro' instead, or turn the two handlers round."
+            f"{what}: {which} is set by {by}, and a handler outside (condition, do or "
+            "the like) gave it another value, which its parts would not follow. "
+            "Condition or set sites that are random, such as the latent site "
+            "'<macro-variable>__micro' of macro_do, or turn the two handlers round."
         )
 
 

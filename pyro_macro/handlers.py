@@ -11,6 +11,7 @@ from typing import Any, TypeVar, overload
 
 import pyro.distributions as dist
 import torch
+from pyro.ops.provenance import get_provenance, track_provenance
 from pyro.poutine.indep_messenger import IndepMessenger
 from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.runtime import Message, apply_stack
@@ -34,11 +35,12 @@ from pyro_macro.checks import (
 )
 from pyro_macro.errors import PyroMacroError, UnknownSite
 from pyro_macro.intervention import Ahead, OnTheFly, Pending, Target, base, fixed
+from pyro_macro.laws.fibre import FibreDistribution
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import Site, is_deterministic, replay
+from pyro_macro.program.inner import Shared, Site, is_deterministic, replay
 from pyro_macro.program.layout import Layout
 from pyro_macro.realizations import Realization
-from pyro_macro.realizations.base import refuse_injective
+from pyro_macro.realizations.base import refuse_injective, refuse_subsampled
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -183,6 +185,11 @@ class _Handler(Messenger):
         message ``like``. In a context, handlers entered later are the user's, such as
         ``trace``, and do see it.
         """
+        infer: Any = like["infer"] or {}
+        # Which enumerated sites a dimension may stand for, inside of `pyro.markov`
+        scope: Any = {
+            k: infer[k] for k in ("_markov_depth", "_markov_scope") if k in infer
+        }
         msg = Message(
             type="sample",
             name=name,
@@ -191,7 +198,7 @@ class _Handler(Messenger):
             args=(),
             kwargs={},
             value=value,
-            infer={} if value is None else {"_deterministic": True},
+            infer=scope if value is None else {**scope, "_deterministic": True},
             scale=like["scale"],
             mask=like["mask"],
             cond_indep_stack=frames,
@@ -304,12 +311,17 @@ class Aggregate(_Handler):
 
     def _add(self, macro: MacroVariable, msg: Message) -> None:
         what = f"macro-variable {macro.name!r}"
-        layout = Layout([self._sites[n] for n in macro.micro], macro.over, what)
+        micro = [self._sites[n] for n in macro.micro]
+        refuse_subsampled(what, macro, micro)
+        layout = Layout(micro, macro.over, what)
         state = layout.stack({n: self._sites[n].value for n in macro.micro})
         refuse_injective(what, macro, state)
         value = macro.aggregation(state)
         fn = _deterministic(value, macro.aggregation.event_dim)
-        self._emit(msg, macro.name, fn, layout.frames, value)
+        site = self._emit(msg, macro.name, fn, layout.frames, value)
+        refuse_changed(
+            what, f"the macro value {macro.name!r}", value, site, "aggregate"
+        )
 
 
 class _Setting(_Handler):
@@ -344,49 +356,67 @@ class _Setting(_Handler):
 
     def _pyro_post_sample(self, msg: Message) -> None:
         name, value = self._expected.pop(id(msg), ("", None))
+        if isinstance(value, Pending):
+            value.tracked = msg["value"] is not value
         if value is not None:
-            what = self._targets[name].what
+            what = f"macro-variable {self._macro_of(name).name!r}"
             refuse_changed(what, f"micro site {name!r}", value, msg)
+
+    def _macro_of(self, name: str) -> MacroVariable:
+        return self._targets[name].state.macro
 
     def _realize(self, target: Target, msg: Message) -> dict[str, Tensor]:
         """Adds the latent site and the macro value; the values of the micro sites."""
-        state, realized, macro = target.state, target.realized, target.state.macro
+        state, realized = target.state, target.realized
         refuse_mask(target, msg)
+        # What renders programs finds the edge from the macro value to the micro state
+        causes: frozenset[Any] = frozenset()
+        if target.value is not None:
+            causes = get_provenance(self._macro_value(target, msg, target.value))
         if isinstance(base(realized.law), dist.Delta):
-            draw = base(realized.law).v
+            draw = track_provenance(base(realized.law).v, causes)
         else:
-            draw = self._latent(target, msg)
+            draw = self._latent(target, msg, causes)
         values = realized.layout.unstack(realized.push(draw))
+        micro = state.layout.stack(values)
+        if target.value is None:
+            self._macro_value(target, msg, state.total(micro))
         if is_validation_enabled():
             refuse_off_support(target, values)
-        micro = state.layout.stack(values)
-        event_dim = macro.aggregation.event_dim
-        value = state.total(micro) if target.value is None else target.value
-        split = value.dim() - event_dim
-        batch = torch.broadcast_shapes(value.shape[:split], state.layout.batch_shape)
-        value = value.expand(batch + value.shape[split:])
-        fn = _deterministic(value, event_dim)
-        site = self._emit(msg, macro.name, fn, state.layout.frames, value)
-        refuse_changed(target.what, f"the macro value {macro.name!r}", value, site)
-        if target.value is not None:
-            refuse_unexplained(target.what, target.value, event_dim, site)
-            if is_validation_enabled():
+            if target.value is not None:
                 refuse_off_fibre(target.what, state, micro, target.value)
         return values
 
-    def _latent(self, target: Target, msg: Message) -> Tensor:
+    def _macro_value(self, target: Target, msg: Message, value: Tensor) -> Tensor:
+        state, macro = target.state, target.state.macro
+        event_dim = macro.aggregation.event_dim
+        split = value.dim() - event_dim
+        batch = torch.broadcast_shapes(value.shape[:split], state.layout.batch_shape)
+        whole = value.expand(batch + value.shape[split:])
+        fn = _deterministic(whole, event_dim)
+        site = self._emit(msg, macro.name, fn, state.layout.frames, whole)
+        refuse_changed(target.what, f"the macro value {macro.name!r}", whole, site)
+        refuse_unexplained(target.what, value, event_dim, site)
+        return site["value"]  # type: ignore[return-value]
+
+    def _latent(self, target: Target, msg: Message, causes: frozenset[Any]) -> Tensor:
         name = f"{target.state.macro.name}__micro"
         law, layout = target.realized.law, target.realized.layout
         batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
         if batch != law.batch_shape:
             law = law.expand(batch)
+        if causes and isinstance(law, FibreDistribution):
+            law = law.caused_by(causes)
         try:
             site = self._emit(msg, name, law, layout.frames)
         except ValueError as error:
             if "Shape mismatch inside plate" not in str(error):
                 raise
             raise PyroMacroError(f"{target.what}: {error}. {GRID}") from error
-        return site["value"]  # type: ignore[return-value]
+        draw: Tensor = site["value"]  # type: ignore[assignment]
+        if causes and not isinstance(law, FibreDistribution):
+            draw = track_provenance(draw, causes)
+        return draw
 
 
 class _Prepared(_Setting):
@@ -449,10 +479,14 @@ class MacroDo(_Setting):
             self._collected |= {name: collector for name in macro.micro}
         self._known: dict[str, Tensor] = {}  # the sites so far, by name
         self._latent_sites: set[str] = set()  # those among them that are random
-        self._passing: dict[int, str] = {}
+        self._passing: dict[int, tuple[str, bool]] = {}
+        self._shared: dict[str, Shared] = {}  # parameters and subsamples
         self._met: set[str] = set()
         self._own = {macro.name for macro in self.interventions}
         self._own |= {f"{name}__micro" for name in self._own}
+
+    def _macro_of(self, name: str) -> MacroVariable:
+        return self._collected[name].macro
 
     def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         with _Prepared(Ahead(self.interventions, (fn, args, kwargs))):
@@ -476,7 +510,7 @@ class MacroDo(_Setting):
     def _pyro_sample(self, msg: Message) -> None:
         name = str(msg["name"])
         if name in self._own:
-            self._passing[id(msg)] = name
+            self._passing[id(msg)] = (name, name.endswith("__micro"))
             return
         if name in self._met and msg.get("_intervener_id") is None:
             self._begin()  # a site for the second time: another run has begun
@@ -484,20 +518,23 @@ class MacroDo(_Setting):
             self._met.add(name)
         collector = self._collected.get(name)
         if collector is None:
-            self._passing[id(msg)] = name
+            # Random unless it is fixed inside: a condition outside does not tell
+            fixed_inside = msg["is_observed"] or is_deterministic(msg)
+            self._passing[id(msg)] = (name, not fixed_inside)
             return
         self._refuse_do(collector.macro, name, msg)
         what = f"macro-variable {collector.macro.name!r}"
         if not collector.meet(Site.of(msg)):
             law: Any = msg["fn"]
-            shown = torch.empty(law.batch_shape + law.event_shape)
-            msg["value"] = pending = Pending.of(name, what, shown)
-            msg["fn"] = fixed(shown, len(law.event_shape))
+            unknown = torch.full(law.batch_shape + law.event_shape, float("nan"))
+            msg["fn"] = fixed(unknown, len(law.event_shape))
+            msg["value"] = pending = Pending.of(name, what, msg["fn"])
             msg["is_observed"] = True
             msg["infer"] = {**(msg["infer"] or {}), "_deterministic": True}
             collector.pending[name] = pending
+            self._expected[id(msg)] = (name, pending)
             return
-        target = collector.target(self._known, self._latent_sites)
+        target = collector.target(self._known, self._latent_sites, self._shared)
         self._targets |= {name: target for name in collector.macro.micro}
         self._set(target, name, msg)
         assert target.values is not None
@@ -505,9 +542,16 @@ class MacroDo(_Setting):
 
     def _pyro_post_sample(self, msg: Message) -> None:
         super()._pyro_post_sample(msg)
-        name = self._passing.pop(id(msg), None)
-        if name is None or site_is_subsample(msg) or site_is_factor(msg):
+        name, random = self._passing.pop(id(msg), (None, False))
+        if name is None or site_is_factor(msg):
+            return
+        if site_is_subsample(msg):
+            self._shared[name] = Shared(msg["value"])
             return
         self._known[name] = msg["value"]  # type: ignore[assignment]
-        if not (msg["is_observed"] or is_deterministic(msg)):
+        if random and not is_deterministic(msg):  # as after a macro_do outside
             self._latent_sites.add(name)
+
+    def _pyro_param(self, msg: Message) -> None:
+        # On its way out: `poutine.lift` outside makes it a random site
+        self._shared[str(msg["name"])] = Shared(None)

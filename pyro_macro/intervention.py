@@ -12,6 +12,11 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.ops.provenance import (
+    ProvenanceTensor,
+    detach_provenance,
+    extract_provenance,
+)
 from pyro.poutine.runtime import Message, apply_stack
 from torch import Tensor
 
@@ -171,7 +176,8 @@ class Ahead:
                     f"{what}: {macro.name!r} is shifted, not set to a value, in the "
                     "same macro_do. Nest two macro_do instead."
                 )
-            value = torch.as_tensor(number).to(sites[0].value)
+            like = detach_provenance(sites[0].value)
+            value = torch.as_tensor(number).to(like)
         return Evidence(
             name=macro.name,
             of=lambda run: macro.aggregation(
@@ -277,21 +283,32 @@ class OnTheFly:
         self.sites[site.name] = site
         return len(self.sites) == len(self.macro.micro)
 
-    def target(self, known: Mapping[str, Tensor], latent: Iterable[str]) -> Target:
-        """The target, once all micro sites are met."""
+    def target(
+        self,
+        known: Mapping[str, Tensor],
+        latent: Iterable[str],
+        shared: dict[str, Shared],
+    ) -> Target:
+        """The target, once all micro sites are met.
+
+        :param shared: the parameters and subsamples so far.
+        """
         what = f"macro-variable {self.macro.name!r}: given"
         given = as_given(self.realization.given)
         for thing in given:
+            if thing in shared:
+                continue  # parameters are held anyway
             if isinstance(thing, MacroVariable) or thing not in known:
                 name = thing.name if isinstance(thing, MacroVariable) else thing
                 raise UnknownSite.named(f"{what} (so far in the run)", name, known)
         unheld = sorted(set(latent) - set(given))
         program = _MetSites(self.macro, self.sites, unheld)
-        ordered = {name: program.sites[name] for name in self.macro.micro}
-        if self.realization.acts_on_natural:
-            ordered = {name: self.sites[name] for name in self.macro.micro}
+        sites = {
+            name: replace(self.sites[name], value=program.sites[name].value)
+            for name in self.macro.micro
+        }
         return Target(
-            MicroState(self.macro, program, [], {}, _with_values(ordered, program)),
+            MicroState(self.macro, program, [], shared, sites),
             self.realization,
         )
 
@@ -299,10 +316,6 @@ class OnTheFly:
         """Gives the pending values their content."""
         for name, pending in self.pending.items():
             pending.fill(values[name])
-
-
-def _with_values(sites: dict[str, Site], program: GaussianProgram) -> dict[str, Site]:
-    return {n: replace(s, value=program.sites[n].value) for n, s in sites.items()}
 
 
 class _MetSites(GaussianProgram):
@@ -354,13 +367,17 @@ class Pending(Tensor):
     """
 
     message: str
-    shown: Tensor
+    law: Any
+    tracked: bool = False  # whether a handler outside wraps it with a provenance
 
     @staticmethod
-    def of(name: str, what: str, shown: Tensor) -> Pending:
-        """A pending value of site ``name``; ``shown`` is filled with it, too."""
-        pending = torch.empty(0).as_subclass(Pending)
-        pending.shown = shown
+    def of(name: str, what: str, law: Any) -> Pending:
+        """A pending value of site ``name``.
+
+        :param law: the site's distribution, at an unknown point, to be filled too.
+        """
+        pending = Tensor._make_subclass(Pending, base(law).v.clone())
+        pending.law = law
         pending.message = (
             f"{what}: the value of micro site {name!r} is used before the last micro "
             "site is drawn. Used as a context manager, macro_do does not see the "
@@ -370,16 +387,39 @@ class Pending(Tensor):
 
     def fill(self, value: Tensor) -> None:
         """Makes it an ordinary tensor with this content, gradients included."""
+        plain: Any
+        plain, provenance = extract_provenance(value)
         with torch._C.DisableTorchFunctionSubclass():
-            if self.shown.shape == value.shape:
-                self.shown.copy_(value.detach())
-            self.data = torch.empty_like(value)
+            if plain.shape == self.shape:
+                base(self.law).v = value
+            else:  # there are plates outside
+                self.data = torch.empty_like(plain)
             self.__class__ = Tensor  # type: ignore[assignment]
-            self.copy_(value)
+            self.copy_(plain)
+            if provenance and not self.tracked:
+                self.__class__ = ProvenanceTensor  # type: ignore[assignment]
+                self._t, self._provenance = plain, provenance  # type: ignore[attr-defined]
 
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        # Handlers outside may ask for its shape, nobody for its content
+        if func in _SHAPES:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
         message = next((a.message for a in args if isinstance(a, Pending)), "")
         raise PyroMacroError(message or "a pending micro value is used")
+
+
+_SHAPES = {
+    Tensor.shape.__get__,  # type: ignore[attr-defined]
+    Tensor.dtype.__get__,  # type: ignore[attr-defined]
+    Tensor.device.__get__,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.data.__get__,  # type: ignore[attr-defined]
+    Tensor.ndim.__get__,  # type: ignore[attr-defined]
+    Tensor.dim,
+    Tensor.size,
+    Tensor.numel,
+}

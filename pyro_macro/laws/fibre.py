@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import TorchDistribution
+from pyro.ops.provenance import track_provenance
 from torch import Size, Tensor
 from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import Transform
@@ -183,6 +184,14 @@ class FibreDistribution(TorchDistribution):
             if floating or isinstance(part, Covariance):
                 setattr(new, name, part.to(dtype))
         new._finer = self
+        return new
+
+    def caused_by(self, causes: frozenset[Any]) -> FibreDistribution:
+        """The same, with a value that Pyro sees to come from elsewhere."""
+        new = self.expand(self.batch_shape)
+        new.value = track_provenance(self.value, causes)
+        if self._finer is not None:
+            new._finer = self._finer.caused_by(causes)
         return new
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FibreDistribution:

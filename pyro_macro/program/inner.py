@@ -53,6 +53,7 @@ class Site:
         was under noise.
     :ivar known: whether an observation tells of its parents: not where it is masked
         out or weighted.
+    :ivar weight: the mask and the scale of its log density.
     :ivar event_shape: the shape of its value within the plates.
     :ivar observed: whether its value was given from outside, as by ``obs=``.
     :ivar deterministic: whether it is a function of its parents.
@@ -65,6 +66,7 @@ class Site:
     parents: frozenset[str]
     kinks: frozenset[str]
     known: bool
+    weight: tuple[Any, Any]
     event_shape: torch.Size
     observed: bool
     deterministic: bool
@@ -83,6 +85,7 @@ class Site:
             parents=site_names(sources) - {str(msg["name"])},
             kinks=kinks(sources),
             known=known,
+            weight=(msg["mask"], msg["scale"]),
             event_shape=torch.Size(getattr(msg["fn"], "event_shape", ())),
             observed=bool(msg["is_observed"]) and not deterministic,
             deterministic=deterministic,
@@ -116,6 +119,10 @@ class Shared:
 
 class _Halt(BaseException):
     """Unwinds an inner run that has seen enough; no model should catch it."""
+
+    def __init__(self, run: InnerRun) -> None:
+        super().__init__()
+        self.run = run
 
 
 def is_deterministic(msg: Message) -> bool:
@@ -256,6 +263,7 @@ class InnerRun(Messenger):
         self._visible: dict[int, str] = {}
         self._sites: dict[int, Site] = {}
         self._noisy: dict[int, bool] = {}
+        self._private: set[str] = set()
 
     def choose(self, msg: Message, site: Site) -> Any:
         """The value of a site, ``None`` to execute it visibly for the real run too."""
@@ -273,8 +281,9 @@ class InnerRun(Messenger):
             try:
                 with self.tracker:
                     model(*args, **kwargs)
-            except _Halt:
-                pass
+            except _Halt as halt:
+                if halt.run is not self:  # that of a run around this one
+                    raise
 
     def _pyro_sample(self, msg: Message) -> None:
         name = str(msg["name"])
@@ -299,6 +308,7 @@ class InnerRun(Messenger):
         if value is None:
             self._show(msg, name)
         else:
+            self._private.add(name)
             msg["value"] = value
             msg["done"] = True
             msg["stop"] = True
@@ -315,6 +325,11 @@ class InnerRun(Messenger):
         """Lets handlers outside see a statement, validating as they do."""
         self._visible[id(msg)] = name
         pyro.enable_validation(self._validate)
+        infer: Any = msg.get("infer") or {}
+        if "_markov_scope" in infer:  # of a `pyro.markov` inside: what it cannot see
+            scope = infer["_markov_scope"]
+            seen = {n: count for n, count in scope.items() if n not in self._private}
+            infer["_markov_scope"] = type(scope)(seen)
 
     def _postprocess_message(self, msg: Message) -> None:
         name = self._visible.pop(id(msg), None)
@@ -334,7 +349,7 @@ class InnerRun(Messenger):
         if self.missing is not None:
             self.missing.discard(site.name)
             if not self.missing:
-                raise _Halt
+                raise _Halt(self)
 
 
 def _outside(msg: Message, site: Site | None) -> dict[int, int]:

@@ -21,6 +21,40 @@ from pyro_macro.program.inner import Shared, Site
 from pyro_macro.program.layout import Layout
 
 
+def refuse_subsampled(what: str, macro: MacroVariable, sites: Sequence[Site]) -> None:
+    """An error if the macro-variable runs over a part of a plate only."""
+    for site in sites:
+        for frame in site.frames:
+            whole = frame.full_size in (None, frame.size)
+            if frame.name in macro.over and not whole:
+                raise NotAMicroState(
+                    f"{what}: plate {frame.name!r} is subsampled ({frame.size} of "
+                    f"{frame.full_size}), and the total of a subsample is not the "
+                    "total. Run the plate whole."
+                )
+
+
+def _refuse_weighted_apart(what: str, sites: Sequence[Site]) -> None:
+    """An error if the sites, whose density becomes one, do not count the same."""
+
+    def same(one: Any, other: Any) -> bool:
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            return one is other or torch.equal(one, other)
+        return type(one) is type(other) and one == other
+
+    for site in sites[1:]:
+        for which, one, other in zip(
+            ("mask", "scale"), sites[0].weight, site.weight, strict=True
+        ):
+            if not same(one, other):
+                raise PyroMacroError(
+                    f"{what}: micro site {sites[0].name!r} has {which} {one}, micro "
+                    f"site {site.name!r} has {other}. Expected the same, for their "
+                    "joint density has no parts that count differently. Put the "
+                    f"{which} around all of them, or outside of macro_do."
+                )
+
+
 def refuse_injective(what: str, macro: MacroVariable, state: Tensor) -> None:
     """An error if the map is injective on micro states like this one."""
     rows = macro.aggregation.weights(state)
@@ -82,15 +116,9 @@ class MicroState:
         self.sites = sites
         self._shared = shared
         self.layout = Layout([sites[n] for n in macro.micro], macro.over, self.what)
-        for name in macro.micro:
-            for frame in sites[name].frames:
-                whole = frame.full_size in (None, frame.size)
-                if frame.name in macro.over and not whole:
-                    raise NotAMicroState(
-                        f"{self.what}: plate {frame.name!r} is subsampled "
-                        f"({frame.size} of {frame.full_size}), and the total of a "
-                        "subsample is not the total. Run the plate whole."
-                    )
+        micro = [sites[name] for name in macro.micro]
+        refuse_subsampled(self.what, macro, micro)
+        _refuse_weighted_apart(self.what, micro)
         self.like = _common([sites[name].value for name in macro.micro])
         refuse_injective(self.what, macro, self.like.new_zeros(self.layout.size))
 

@@ -43,15 +43,3 @@ def do(form):
 def add(form):
     """``aggregate(model, macros)`` in each of its three forms."""
     return lambda model, macros: under(form, pm.aggregate, model, macros)
-
-
-@pytest.fixture
-def known_fault(request):
-    """Expects a test to fail, in the forms where the library is at fault."""
-
-    def mark(reason, form=None):
-        """Marks the test, or only its run in one ``form``."""
-        if form is None or form == request.getfixturevalue("form"):
-            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
-    return mark

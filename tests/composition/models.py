@@ -21,12 +21,6 @@ import pyro_macro as pm
 SALES = pm.MacroVariable("sales", micro=["x1", "x2"])
 NATURAL = {SALES: pm.Natural(33.0)}
 
-# A fault that shows in many places
-BLIND = (
-    "EnumMessenger looks at the shape of every value, and a pending one of a context "
-    "has none: neither TraceEnum_ELBO nor NUTS ever works with a context"
-)
-
 
 def under(form, handler, model, what):
     """``handler(model, what)`` as a wrapper, a decorator or a context manager."""

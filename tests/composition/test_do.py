@@ -30,19 +30,6 @@ from .models import (
     stores_law,
 )
 
-MISPLACED = (
-    "a context says of `poutine.do` outside, on a micro site that is not the last, "
-    "that it is inside"
-)
-HALTED = (
-    "the outer of two macro_do stops the inner run of the inner one (`_Halt` is caught "
-    "by the run nearest to it), which then misses a site that it has in `given`"
-)
-REFUSED_REPLAY = (
-    "where the outer of two macro_do looks ahead, it replays the inner macro value as "
-    "another tensor with the same content, and the inner one refuses that as changed"
-)
-
 GIVEN_Z = {SALES: pm.Natural(33.0, given=["z"])}
 
 
@@ -102,11 +89,7 @@ def test_do_inside_on_a_micro_site_is_an_error_that_names_it(do, name, realizati
     [pm.Natural(33.0), pm.Proportional(33.0), pm.Allocate(33.0, [1.0, 0.0])],
     ids=lambda r: type(r).__name__,
 )
-def test_do_outside_on_a_micro_site_is_an_error_that_names_it(
-    do, name, realization, known_fault
-):
-    if name == "x1":
-        known_fault(MISPLACED, form="context")
+def test_do_outside_on_a_micro_site_is_an_error_that_names_it(do, name, realization):
     model = poutine.do(do(shop, {SALES: realization}), {name: 12.0})
     with pytest.raises(pm.PyroMacroError, match=f"'{name}'.*poutine.do. outside"):
         model()
@@ -142,12 +125,8 @@ def test_do_inside_on_a_micro_site_is_refused_by_aggregate(add):
         add(poutine.do(shop, {"x1": 12.0}), [SALES])()
 
 
-def test_do_outside_on_an_aggregated_value_is_an_error_that_names_it(add, known_fault):
+def test_do_outside_on_an_aggregated_value_is_an_error_that_names_it(add):
     # It would change nothing below: the sum is no cause of its parts
-    known_fault(
-        "poutine.do on a macro value that aggregate has added is silently accepted, "
-        "and changes nothing"
-    )
     with pytest.raises(pm.PyroMacroError, match="sales"):
         poutine.do(add(shop, [SALES]), {"sales": 40.0})()
 
@@ -199,9 +178,7 @@ def test_two_nested_macro_do_each_follow_the_law_of_their_program(inner):
     assert_same_program(model, by_hand, macros=BOTH)
 
 
-def test_two_nested_macro_do_with_given_hold_the_cause(do, form, known_fault):
-    known_fault(HALTED, form="wrapper")
-    known_fault(HALTED, form="decorator")
+def test_two_nested_macro_do_with_given_hold_the_cause(do, form):
     model = do(
         do(stores, {A: pm.Natural(5.0, given=["z"])}),
         {B: pm.Natural(6.0, given=held(form, "z", micro="A__micro"))},
@@ -297,19 +274,14 @@ def test_two_nested_macro_do_may_come_in_either_order(form, do):
     assert_same_program(model, two_floors_by_hand, macros=("sales", "upper"))
 
 
-def test_second_macro_do_may_hold_a_site_after_the_first(known_fault):
-    known_fault(REFUSED_REPLAY)
+def test_second_macro_do_may_hold_a_site_after_the_first():
     upper = {UPPER: pm.Natural(5.0, given=["w"])}
     model = pm.macro_do(pm.macro_do(two_floors, NATURAL), upper)
     assert_same_program(model, two_floors_by_hand, macros=("sales", "upper"))
 
 
 @pytest.mark.parametrize("realization", [pm.Proportional(5.0), pm.Shift(2.0)])
-def test_second_macro_do_may_act_on_the_natural_state(
-    do, form, known_fault, realization
-):
-    known_fault(REFUSED_REPLAY, form="wrapper")
-    known_fault(REFUSED_REPLAY, form="decorator")
+def test_second_macro_do_may_act_on_the_natural_state(do, form, realization):
     if form == "context" and isinstance(realization, pm.Shift):
         held = ["sales__micro", "w", "y"]
         realization = pm.Shift(2.0, given=held)

@@ -21,7 +21,6 @@ from torch.distributions import biject_to
 import pyro_macro as pm
 
 from .models import (
-    BLIND,
     NATURAL,
     SALES,
     given_total,
@@ -489,8 +488,7 @@ def test_svi_with_auto_normal_finds_the_posterior_by_hand():
 # MCMC
 
 
-def test_nuts_sees_the_free_coordinates_and_the_density_by_hand(do, known_fault):
-    known_fault(BLIND, form="context")
+def test_nuts_sees_the_free_coordinates_and_the_density_by_hand(do):
     initial, potential, transforms, _ = initialize_model(
         do(shop, NATURAL), model_args=(Y,)
     )
@@ -548,8 +546,7 @@ def test_nuts_samples_the_posterior_on_the_fibre():
     assert ((draws.std(0) / cov.diagonal().sqrt() - 1).abs() < 0.35).all()
 
 
-def test_nuts_in_a_short_run_stays_on_the_fibre(do, known_fault):
-    known_fault(BLIND, form="context")
+def test_nuts_in_a_short_run_stays_on_the_fibre(do):
     mcmc = MCMC(
         NUTS(do(shop, NATURAL), max_tree_depth=2),
         num_samples=5,

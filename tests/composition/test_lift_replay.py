@@ -86,14 +86,8 @@ def test_lift_inside_of_a_scale_without_given_is_refused():
 
 
 @pytest.mark.parametrize("given", [[], ["mu", "sigma"]], ids=str)
-def test_lift_outside_holds_the_parameters_in_each_run(do, given, known_fault):
+def test_lift_outside_holds_the_parameters_in_each_run(do, given):
     # To the handler they are parameters, which are held anyway
-    if given:
-        known_fault(
-            "a context refuses parameters in `given` as unknown sites, a wrapped model "
-            "accepts them",
-            form="context",
-        )
     names = ["mu", "sigma"]
     model = lifted(do(priced, {SALES: pm.Natural(33.0, given=given)}), *names)
     trace = assert_same_program(model, lifted(priced_by_hand_held, *names))

@@ -115,14 +115,8 @@ def test_mask_of_elements_of_a_micro_state_is_an_error_that_says_why(do):
 
 @pytest.mark.parametrize("which", ["x1", "x2"])
 @pytest.mark.parametrize("handler", ["mask", "scale"])
-def test_micro_sites_that_are_masked_or_scaled_apart_are_an_error(
-    do, which, handler, known_fault
-):
+def test_micro_sites_that_are_masked_or_scaled_apart_are_an_error(do, which, handler):
     # The joint density has no part that could be masked or scaled
-    known_fault(
-        "the latent site silently takes mask and scale from one micro site: from the "
-        "first in a wrapped model, from the last in a context"
-    )
 
     def apart(name):
         if name != which:

@@ -7,9 +7,6 @@ Each cell is a Pyro handler, or a way to run a model, and a place: around ``macr
 ("outside"), in the model that it wraps ("inside"), or both. Tests with the fixtures
 ``do`` and ``add`` run as wrapper, decorator and context manager. The answer is a closed
 form where there is one, and otherwise the program after the intervention, by hand.
-
-A fault of the library that is known is an ``xfail(strict=True)`` with its reason, set
-by the fixture ``known_fault``: ``pytest -rx`` lists them.
 """
 
 import importlib
@@ -151,7 +148,7 @@ CELLS = {
         "markov, micro sites": "test_micro_sites_along_a_markov_",
         "enumerated chain, given": "test_given_chain_in_a_plain_loop_",
         "markov, given": "test_given_markov_chain_within_",
-        "markov, given, dimension recycled": "test_given_markov_chain_beyond_",
+        "markov, given, out of scope": "test_given_markov_chain_out_of_scope_",
         "markov, aggregate": "test_aggregate_along_a_markov_",
     },
     "test_inference": {

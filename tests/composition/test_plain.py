@@ -220,13 +220,7 @@ def test_trace_has_the_gradients_of_the_program_by_hand(do):
     assert_same_gradients(do(with_parameters, NATURAL), with_parameters_by_hand)
 
 
-def test_draws_carry_the_gradient_of_their_law(do, known_fault):
-    known_fault(
-        "Pending.fill changes a tensor in place that autograd has seen empty: backward "
-        "through any micro site but the last raises 'setStorage: ... out of bounds'",
-        form="context",
-    )
-
+def test_draws_carry_the_gradient_of_their_law(do):
     # E[x1] = mean, and the draw is reparametrized: d x1 / d loc = (0.2, -0.8) exactly
     def model():
         with_parameters()
@@ -258,12 +252,7 @@ def test_trace_of_aggregate_adds_deterministic_sites_up(add):
     assert_only_added(add(model, [SALES, revenue]), model, total)
 
 
-def test_aggregate_outside_macro_do_shows_the_value_that_was_set(do, known_fault):
-    known_fault(
-        "aggregate looks at the value of each micro site when it is met, and a context "
-        "of macro_do inside does not know those before the last yet",
-        form="context",
-    )
+def test_aggregate_outside_macro_do_shows_the_value_that_was_set(do):
     # `sales` is in the trace already, so the same sum under another name
     seen = pm.MacroVariable("seen", micro=["x1", "x2"])
     trace = poutine.trace(pm.aggregate(do(shop, NATURAL), [seen])).get_trace()

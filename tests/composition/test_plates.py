@@ -391,19 +391,10 @@ def test_micro_sites_in_a_sequential_plate_are_as_many_sites(do):
 
 # Subsampled
 
-UNINDEXED = (
-    "a context does not take note of the indices of a subsampled plate, and refuses a "
-    "value that has the full size of the plate"
-)
-
 
 @pytest.mark.parametrize("value", [33.0, [30.0, 33.0, 50.0]])
-def test_subsampled_plate_scales_the_density_and_subsamples_the_value(
-    do, value, known_fault
-):
+def test_subsampled_plate_scales_the_density_and_subsamples_the_value(do, value):
     value = torch.tensor(value)
-    if value.dim():
-        known_fault(UNINDEXED, form="context")
     model = do(lambda: regions(size=2), {SALES: pm.Natural(value)})
     seen = set()
     for _ in range(8):
@@ -420,8 +411,7 @@ def test_subsampled_plate_scales_the_density_and_subsamples_the_value(
     assert len(seen) > 1, "each run subsamples anew"
 
 
-def test_subsampled_plate_takes_the_indices_of_the_guide(do, known_fault):
-    known_fault(UNINDEXED, form="context")
+def test_subsampled_plate_takes_the_indices_of_the_guide(do):
     model = do(lambda: regions(size=2), {SALES: pm.Natural(torch.tensor(LOC))})
     guide = poutine.trace(lambda: regions(size=2)).get_trace()
     for name in ("x1", "x2"):
@@ -510,11 +500,7 @@ def test_subsampled_plate_of_aggregate_shows_the_totals_of_the_subsample(add):
     assert_only_added(add(model, [SALES]), model, sales_total)
 
 
-def test_subsampled_plate_in_over_is_an_error_of_aggregate(add, known_fault):
-    known_fault(
-        "aggregate over a subsampled plate silently shows the total of the subsample"
-    )
-
+def test_subsampled_plate_in_over_is_an_error_of_aggregate(add):
     def model():
         with pyro.plate("products", 4, subsample_size=2, dim=-1):
             pyro.sample("x", dist.Normal(0.0, 1.0))

@@ -33,12 +33,6 @@ Y = {"y": torch.tensor(70.0, dtype=torch.float64)}
 GIVEN_Z = {SALES: pm.Natural(33.0, given=["z"])}
 
 
-LOST = (
-    "Pending.fill copies the content of a value into another tensor, without its "
-    "provenance: the edge from the latent site to all micro sites but the last is lost"
-)
-
-
 def parents(model, **kwargs):
     relations = get_model_relations(model, (), kwargs)
     return {name: set(above) for name, above in relations["sample_sample"].items()}
@@ -77,8 +71,7 @@ def test_relations_cut_the_micro_state_off():
     }
 
 
-def test_relations_keep_what_is_given_as_a_cause(do, known_fault):
-    known_fault(LOST, form="context")
+def test_relations_keep_what_is_given_as_a_cause(do):
     found = parents(do(market, GIVEN_Z), **Y)
     assert found["sales__micro"] == {"z"}
     assert found["x1"] == found["x2"] == {"sales__micro"}
@@ -126,12 +119,8 @@ def test_relations_of_two_macro_variables():
     assert found["y"] == {"z", "A__micro", "B__micro"}
 
 
-def test_relations_of_a_given_macro_variable_show_no_cause_of_it(known_fault):
+def test_relations_of_a_given_macro_variable_show_no_cause_of_it():
     # P(b | B = 6, A = 5) has z integrated out, and A is a number
-    known_fault(
-        "the number of a given macro-variable is brought to the dtype of a micro site "
-        "by `.to(site.value)`, from where it inherits provenance: an edge from z"
-    )
     realizations = {A: pm.Natural(5.0), B: pm.Natural(6.0, given=[A])}
     found = parents(pm.macro_do(stores, realizations))
     assert found["B__micro"] == set()
@@ -179,20 +168,15 @@ def test_rendered_edges_are_those_of_the_intervened_program(deterministic):
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_rendered_edges_in_every_form(do, deterministic, known_fault):
-    known_fault(LOST, form="context")
+def test_rendered_edges_in_every_form(do, deterministic):
     found = edges(do(shop, NATURAL), deterministic)
     fork = {("x1", "y"), ("x2", "y")} if deterministic else {("sales__micro", "y")}
     wanted = fork | {("w", "y"), ("sales__micro", "x1"), ("sales__micro", "x2")}
     assert {e for e in found if e[0] != "sales"} == wanted
 
 
-def test_rendered_macro_value_is_the_cause_of_the_micro_state(known_fault):
+def test_rendered_macro_value_is_the_cause_of_the_micro_state():
     # Definition 5: the edge from the macro-variable to the micro state appears
-    known_fault(
-        "the law of the micro state is computed from the number in the realization and "
-        "not from the site of the macro value, which stands alone in the rendered graph"
-    )
 
     def by_hand():
         # The program that the documentation of macro_do says it is equivalent to

@@ -244,7 +244,7 @@ def test_a_pyro_module_samples_each_attribute_once(given):
     assert [p is module.weight for p in intervened.parameters()] == [True]
     trace = pyro.poutine.trace(intervened).get_trace()
     names = [n for n, s in trace.nodes.items() if s["type"] == "sample"]
-    assert names == ["loc", "sales__micro", "sales", "x1", "x2"]
+    assert names == ["loc", "sales", "sales__micro", "x1", "x2"]
     mean = trace.nodes["sales__micro"]["fn"].mean
     if given:
         loc = trace.nodes["loc"]["value"]
