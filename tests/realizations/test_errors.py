@@ -402,3 +402,57 @@ def test_a_context_manager_that_would_have_to_look_ahead():
     with pytest.raises(pm.UnknownSite, match="no site 'x1'"), handler:
         pyro.sample("x2", dist.Normal(0.0, 1.0))
     assert not pyro.poutine.runtime.am_i_wrapped()
+
+
+def test_empty_micro_states():
+    """Pyro refuses an empty plate itself; an empty event dimension is refused here."""
+
+    def products(size):
+        with pyro.plate("products", size):
+            pyro.sample("x", dist.Normal(1.0, 1.0))
+
+    total = pm.MacroVariable("total", "x", over="products")
+    with pytest.raises(ZeroDivisionError, match="size cannot be zero"):
+        pm.macro_do(products, {total: pm.Natural(1.0)})(0)
+    assert not pyro.poutine.runtime.am_i_wrapped()
+    with pytest.raises(pm.NotAMicroState, match="1 element.*nothing is aggregated"):
+        pm.macro_do(products, {total: pm.Natural(1.0)})(1)
+
+    def empty():
+        pyro.sample("x", dist.Normal(torch.zeros(0), 1.0).to_event(1))
+
+    with pytest.raises(pm.NotAMicroState, match="0 element"):
+        pm.macro_do(empty, {pm.MacroVariable("total", "x"): pm.Natural(1.0)})()
+
+
+def test_the_value_zero_is_a_value():
+    for realization in (
+        pm.Natural(0),
+        pm.Residual(0, "x2"),
+        pm.Allocate(0, [0.5, 0.5]),
+        pm.Proportional(0),
+        pm.Shift(0),
+    ):
+        trace = pyro.poutine.trace(pm.macro_do(shop, {SALES: realization})).get_trace()
+        total = trace.nodes["x1"]["value"] + trace.nodes["x2"]["value"]
+        torch.testing.assert_close(trace.nodes["sales"]["value"], total)
+        assert isinstance(realization, pm.Shift) or total.abs() < 1e-12
+
+
+@pytest.mark.parametrize(
+    "aggregation, total",
+    [
+        (pm.Mean(), lambda x: x.mean()),
+        (pm.Linear([2.0, -1.0]), lambda x: 2 * x[0] - x[1]),
+    ],
+)
+def test_other_linear_maps(aggregation, total):
+    macro = pm.MacroVariable("m", ["x1", "x2"], aggregation=aggregation)
+    for realization in (pm.Natural(7.0), pm.Residual(7.0, "x1"), pm.Proportional(7.0)):
+        nodes = (
+            pyro.poutine.trace(pm.macro_do(shop, {macro: realization}))
+            .get_trace()
+            .nodes
+        )
+        x = torch.stack([nodes["x1"]["value"], nodes["x2"]["value"]])
+        torch.testing.assert_close(total(x), torch.tensor(7.0))
