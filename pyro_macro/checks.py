@@ -138,6 +138,9 @@ def refuse_off_fibre(
     what: str, state: MicroState, micro: Tensor, value: Tensor
 ) -> None:
     total = state.total(micro)
+    miss = (total - value).abs()
+    if bool((miss <= tolerance(micro) * value.abs()).all()):
+        return  # spares a pass over the micro state
     rows = state.weights
     if rows is None:
         size = total.abs() + value.abs()
@@ -147,7 +150,6 @@ def refuse_off_fibre(
             size if value.dim() and state.macro.aggregation.event_dim else size[..., 0]
         )
         size = size + value.abs()
-    miss = (total - value).abs()
     if not bool((miss <= tolerance(micro) * size).all()):
         worst = miss.nan_to_num(nan=float("inf")).flatten().argmax()
         found = total.flatten()[worst].item()

@@ -257,3 +257,11 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     if matrix.dim() == 2:
         return vector @ matrix.mT
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def add_product(start: Tensor, matrix: Tensor, vector: Tensor) -> Tensor:
+    """``start + matrix @ vector``, batched; in one pass where the matrix is single."""
+    if matrix.dim() > 2 or start.dim() < 2 or start.shape[:-1] != vector.shape[:-1]:
+        return start + matvec(matrix, vector)
+    flat = torch.addmm(start.flatten(0, -2), vector.flatten(0, -2), matrix.mT)
+    return flat.reshape(start.shape)

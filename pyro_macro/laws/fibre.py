@@ -14,7 +14,13 @@ from torch import Size, Tensor
 from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import Transform
 
-from pyro_macro.laws.covariance import Covariance, Dense, log_normal, matvec
+from pyro_macro.laws.covariance import (
+    Covariance,
+    Dense,
+    add_product,
+    log_normal,
+    matvec,
+)
 from pyro_macro.program.noise import NoiseForm, noise_form
 
 
@@ -206,7 +212,7 @@ class FibreDistribution(TorchDistribution):
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
-        return self._onto(self.loc + self.covariance.sample(shape, self.loc))
+        return self._onto(self.covariance.sample(shape, self.loc).add_(self.loc))
 
     def _onto(self, x: Tensor) -> Tensor:
         """The affine map that takes a draw of ``X`` to the fibre."""
@@ -289,7 +295,7 @@ class NaturalNormal(FibreDistribution):
     def _onto(self, x: Tensor) -> Tensor:
         # Twice: the second step takes back the rounding of the first
         for _ in range(2):
-            x = x + matvec(self.gain, self._miss(x))
+            x = add_product(x, self.gain, self._miss(x))
         return x
 
     def _log_density(self, value: Tensor) -> Tensor:
