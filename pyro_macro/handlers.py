@@ -286,6 +286,8 @@ class Aggregate(_Handler):
         name = str(msg["name"])
         if site_is_subsample(msg):
             return
+        if name in self._met and msg.get("_intervener_id") is None:
+            self._sites, self._met = {}, set()  # another run has begun
         self._met.add(name)
         if name not in self._micro:
             return

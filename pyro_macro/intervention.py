@@ -267,9 +267,6 @@ class OnTheFly:
 
     Without the program at hand, nothing is known of a site before it is met. All but
     the last micro site are :class:`Pending` until then.
-
-    :param given: the values of the sites met so far, by name.
-    :param latent: the names of those among them that are random.
     """
 
     def __init__(self, macro: MacroVariable, realization: Realization) -> None:
@@ -291,6 +288,8 @@ class OnTheFly:
     ) -> Target:
         """The target, once all micro sites are met.
 
+        :param known: the values of the sites met so far, by name.
+        :param latent: the names of those among them that are random.
         :param shared: the parameters and subsamples so far.
         """
         what = f"macro-variable {self.macro.name!r}: given"
@@ -392,8 +391,8 @@ class Pending(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             if plain.shape == self.shape:
                 base(self.law).v = value
-            else:  # there are plates outside
-                self.data = torch.empty_like(plain)
+            # Of another shape where there are plates outside
+            self.data = torch.empty_like(plain)
             self.__class__ = Tensor  # type: ignore[assignment]
             self.copy_(plain)
             if provenance and not self.tracked:

@@ -209,3 +209,39 @@ def test_aggregate_errors():
         pm.aggregate(shop, ["x1"])
     with pytest.raises(pm.PyroMacroError, match="not callable"):
         pm.aggregate([pm.MacroVariable("m", "x1")], ())
+
+
+def test_several_runs_in_one_context():
+    """The second run is not aggregated with what is left of the first."""
+    sales = pm.MacroVariable("sales", ["x1", "x2"])
+
+    def shop():
+        pyro.sample("x1", dist.Normal(0.0, 1.0))
+        pyro.sample("x2", dist.Normal(0.0, 1.0))
+
+    for handler in (
+        pm.aggregate(macros=[sales]),
+        pm.macro_do(interventions={sales: pm.Natural(5.0)}),
+    ):
+        with handler:
+            traces = [pyro.poutine.trace(shop).get_trace() for _ in range(3)]
+        for trace in traces:
+            total = trace.nodes["x1"]["value"] + trace.nodes["x2"]["value"]
+            torch.testing.assert_close(trace.nodes["sales"]["value"], total)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_micro_values_keep_their_dtype_in_each_form(dtype):
+    sales = pm.MacroVariable("sales", ["x1", "x2"])
+
+    def shop():
+        x1 = pyro.sample("x1", dist.Normal(torch.tensor(1.0, dtype=dtype), 1.0))
+        x2 = pyro.sample("x2", dist.Normal(torch.tensor(2.0, dtype=dtype), 1.0))
+        return x1, x2
+
+    interventions = {sales: pm.Natural(5.0)}
+    with pm.macro_do(interventions=interventions):
+        inside = shop()
+    for x1, x2 in (inside, pm.macro_do(shop, interventions)()):
+        assert x1.dtype == x2.dtype == dtype
+        assert abs((x1 + x2).item() - 5) < 1e-5
