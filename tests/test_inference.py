@@ -11,16 +11,19 @@ state, a latent with K - 1 free coordinates, is Gaussian on the fibre.
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro.infer import (
     MCMC,
     NUTS,
     SVI,
+    JitTrace_ELBO,
     Trace_ELBO,
     TraceEnum_ELBO,
     config_enumerate,
 )
-from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.poutine import block, condition
 
 import pyro_macro as pm
@@ -210,3 +213,27 @@ def test_svi_with_enumeration_learns_prices():
     mean = sum(w * m for w, (m, _) in zip(weights, parts, strict=True))
     spread = parts[0][1].diagonal().sqrt()
     assert ((guide.get_posterior().mean - mean).abs() < 0.3 * spread).all()
+
+
+def test_jit_is_right_or_refused():
+    """Compiled where the micro state has no random ancestors; said where it has."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("products", 3):
+            x = pyro.sample("x", dist.Normal(z + MU, SIGMA))
+        pyro.sample("y", dist.Normal((ALPHA * x).sum(-1), 1.0), obs=torch.tensor(20.0))
+
+    def losses(model, elbo):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guide = AutoDelta(model, init_loc_fn=init_to_mean)  # no random numbers
+        svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+        return torch.tensor([svi.step() for _ in range(3)])
+
+    held = pm.macro_do(model, {SALES: pm.Natural(9.0, given="z")})
+    compiled = JitTrace_ELBO(ignore_jit_warnings=True)
+    torch.testing.assert_close(losses(held, compiled), losses(held, Trace_ELBO()))
+    free = pm.macro_do(model, {SALES: pm.Natural(9.0)})
+    with pytest.raises(pm.UnsupportedLaw, match=r"jit cannot trace.*given=\['z'\]"):
+        losses(free, JitTrace_ELBO(ignore_jit_warnings=True))

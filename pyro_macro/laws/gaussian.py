@@ -94,7 +94,8 @@ class GaussianProgram:
         with_gradients = torch.is_grad_enabled()
 
         def run(probe: int) -> NoiseRun:
-            result = NoiseRun(until, shared, held, micro, probe)
+            before = self.sites if probe else None
+            result = NoiseRun(until, shared, held, micro, probe, before)
             with torch.set_grad_enabled(with_gradients or probe == 0):
                 result.run(*model)
             return result
@@ -147,6 +148,7 @@ class GaussianProgram:
         self.refuse_paths(names, what)
         relevant, evidence = self._relevant(names, given, what)
         noises = [n for n in self.zero.noises.values() if n.key[0] in relevant]
+        self._refuse_tracing(bool(noises), relevant - set(names), what)
 
         # Without ancestors there is nothing to check: spare the probes
         alone = not evidence and relevant == set(names)
@@ -286,6 +288,7 @@ class GaussianProgram:
                     candidates.remove(known)
                     relevant |= above | set(known.sites)
                     changed = True
+        self._refuse_tracing(relevant != set(names), relevant - set(names), what)
         self._refuse_kinks(relevant, what)
         for name in sorted(relevant & set(zero.opaque)):
             law = type(_unwrapped(zero.opaque[name])).__name__
@@ -316,6 +319,15 @@ class GaussianProgram:
                 f"{what}: the micro state depends on {known.name!r}, which is "
                 "observed, but masked out or weighted: it is open what it tells of "
                 f"{self._latent(known.name)}. Hold these too, with given=[...]."
+            )
+
+    def _refuse_tracing(self, needed: bool, above: set[str], what: str) -> None:
+        if needed and torch._C._get_tracing_state():
+            raise UnsupportedLaw(
+                f"{what}: the law of its micro state is found from derivatives of the "
+                "program, which torch.jit cannot trace. Run without jit "
+                "(jit_compile=False, Trace_ELBO)"
+                + (f", or hold the ancestors: given={sorted(above)}." if above else ".")
             )
 
     def _refuse_kinks(self, relevant: set[str], what: str) -> None:

@@ -212,6 +212,8 @@ class NoiseRun(InnerRun):
     :param probe: 0 for noise zero, at which derivatives are taken; otherwise the sign
         of large noise, with which they are checked.
 
+    :param before: the sites of the run under noise zero, if this one is a probe.
+
     :ivar forms: the noise form of each Gaussian site.
     :ivar noises: the groups of noises, by key (only for noise zero).
     :ivar drawn: the noise that was put in, by key.
@@ -226,9 +228,11 @@ class NoiseRun(InnerRun):
         held: Mapping[str, Tensor],
         micro: Collection[str],
         probe: int = 0,
+        before: Mapping[str, Site] | None = None,
     ) -> None:
         super().__init__(until, shared)
         self.held, self.micro, self.probe = held, micro, probe
+        self.before = before or {}
         self.forms: dict[str, NoiseForm] = {}
         self.noises: dict[Key, Noise] = {}
         self.drawn: dict[Key, Tensor] = {}
@@ -248,7 +252,11 @@ class NoiseRun(InnerRun):
             return value if fixed is None else fixed
         if form is None:
             self.opaque[site.name] = site.fn
-            return draw(site.fn) if fixed is None else fixed
+            if fixed is not None:
+                return fixed
+            # The same in all runs: large noise may leave the domain of its parameters
+            before = self.before.get(site.name)
+            return draw(site.fn) if before is None else before.value
         self.forms[site.name] = form
         value = self._value(site, form)
         if fixed is None:

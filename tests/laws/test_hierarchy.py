@@ -376,3 +376,27 @@ def test_draws_of_the_joint_law():
     assert error.abs().max() < 6 * (2 / n) ** 0.5
     shift = (draws.mean(0) - law.mean.reshape(-1)) / scale
     assert shift.abs().max() < 5 / n**0.5
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        lambda z: dist.Poisson(z + 4),
+        lambda z: dist.Gamma(z + 4, 1.0),
+        lambda z: dist.Categorical(torch.stack([0.5 + z / 10, 0.5 - z / 10])),
+        lambda z: dist.Binomial(10, 0.5 + z / 10),
+    ],
+)
+def test_sites_beside_the_micro_state_need_not_bear_large_noise(law):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 0.9))
+        pyro.sample("x1", dist.Normal(z, 1.0))
+        pyro.sample("beside", law(z))
+        pyro.sample("x2", dist.Normal(2 * z, 1.0))
+
+    sales = pm.MacroVariable("sales", ["x1", "x2"])
+    with pyro.validation_enabled(False):
+        law = law_of(pm.macro_do(model, {sales: pm.Natural(4.0)}), "sales")
+    line = torch.tensor([1.0, 2.0])
+    prior = torch.zeros(2), torch.eye(2) + 0.81 * torch.outer(line, line)
+    check(law, *condition(*prior, torch.ones(1, 2), torch.tensor([4.0])))
