@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import SimpleNamespace
@@ -145,53 +145,52 @@ class GaussianProgram:
         given: Sequence[Evidence],
     ) -> GaussianLaw:
         sites = [self.sites[name] for name in names]
-        self.refuse_paths(names, what)
         relevant, evidence = self._relevant(names, given, what)
         noises = [n for n in self.zero.noises.values() if n.key[0] in relevant]
-        self._refuse_tracing(bool(noises), relevant - set(names), what)
 
         # Without ancestors there is nothing to check: spare the probes
         alone = not evidence and relevant == set(names)
-        self.differentiable = (
+        differentiable = (
             any(requires_grad(site.fn) for site in sites)
             if alone
             else self._is_differentiable(names, evidence)
         )
         base = Layout(sites, over, what)
         values = {site.name: site.value for site in sites}
-        views = [NoiseView(base.stack(values), noises, False)]
-        views += [NoiseView(known.of(self.zero), noises, False) for known in evidence]
-        self._refuse_unexplained(base, views[0], what)
-        things: list[Any] = [*views[0].noises, *evidence]
-        things += [noise for view in views[1:] for noise in view.noises]
+        view = NoiseView(base.stack(values), noises, differentiable)
+        known = [NoiseView(e.of(self.zero), noises, False) for e in evidence]
+        self._refuse_unexplained(base, view, what)
+        things: list[Any] = [*view.noises, *evidence]
+        things += [noise for rows in known for noise in rows.noises]
         joint = {
             frame.name
             for frame in base.frames
             if frame.vectorized
             and any(all(f.name != frame.name for f in thing.frames) for thing in things)
         }
-        joint |= coupled_plates(views[0], base.frames, 1)
-        for known, view in zip(evidence, views[1:], strict=True):
-            joint |= coupled_plates(view, base.frames, len(known.event_shape))
-        layout = Layout(sites, (*base.over, *sorted(joint)), what)
+        joint |= coupled_plates(view, base.frames, 1)
+        for e, rows in zip(evidence, known, strict=True):
+            joint |= coupled_plates(rows, base.frames, len(e.event_shape))
+        layout = base
+        if joint:
+            layout = Layout(sites, (*base.over, *sorted(joint)), what)
+            view = NoiseView(layout.stack(values), noises, differentiable)
 
-        loc = layout.stack(values)
-        view = NoiseView(loc, noises, self.differentiable)
         scale = layout.stack({site.name: self._own_scale(site) for site in sites})
-        if not self.differentiable:
+        if not differentiable:
             scale = scale.detach()
         if not alone:
             self._check(layout, view, scale, what)
         # Covariances in float64, whatever the model's dtype: differences of large
         # terms decide how wide a fibre is
         structure = Structure(layout, view, scale.double().square())
-        covariance = structure.covariance(what)
+        loc, covariance = view.output, structure.covariance(what)
         if evidence:
             loc, covariance = self._condition(
                 layout, view, covariance, noises, evidence, what
             )
         loc = loc.double()
-        if not self.differentiable:
+        if not differentiable:
             loc = loc.detach()
         method = (
             "exact: product of Gaussians"
@@ -243,8 +242,10 @@ class GaussianProgram:
 
     def latent_sources(self, names: Sequence[str]) -> set[str]:
         """The random sites that ``names`` depend on, themselves among them."""
-        above = {n for n in self.ancestors(names) if not self._fixed(n)}
-        return above | set(names)
+        return set(names) | self._unfixed(self.ancestors(names))
+
+    def _unfixed(self, names: Iterable[str]) -> set[str]:
+        return {name for name in names if not self._fixed(name)}
 
     def _fixed(self, name: str) -> bool:
         return name in self.held or self.sites[name].observed
@@ -266,7 +267,7 @@ class GaussianProgram:
     ) -> tuple[set[str], list[Evidence]]:
         """The sites whose noise matters, and what is known about these noises."""
         zero = self.zero
-        relevant = set(names) | {n for n in self.ancestors(names) if not self._fixed(n)}
+        relevant = self.latent_sources(names)
         # An observed site that the micro state depends on is known, as a held one is.
         # Other observations are no part of P(X | pi(X)) unless they are given.
         upstream = self.ancestors(names)
@@ -280,15 +281,14 @@ class GaussianProgram:
         while changed:
             changed = False
             for known in list(candidates):
-                above = {n for n in known.sites if not self._fixed(n)}
-                above |= {n for n in self.ancestors(known.sites) if not self._fixed(n)}
+                above = self._unfixed(self.latent_sources(known.sites))
                 if above & relevant:
                     self._refuse_weighted(known, what)
                     kept.append(known)
                     candidates.remove(known)
                     relevant |= above | set(known.sites)
                     changed = True
-        self._refuse_tracing(relevant != set(names), relevant - set(names), what)
+        self._refuse_tracing(relevant, names, what)
         self._refuse_kinks(relevant, what)
         for name in sorted(relevant & set(zero.opaque)):
             law = type(_unwrapped(zero.opaque[name])).__name__
@@ -321,8 +321,12 @@ class GaussianProgram:
                 f"{self._latent(known.name)}. Hold these too, with given=[...]."
             )
 
-    def _refuse_tracing(self, needed: bool, above: set[str], what: str) -> None:
-        if needed and torch._C._get_tracing_state():
+    def _refuse_tracing(
+        self, relevant: set[str], names: Sequence[str], what: str
+    ) -> None:
+        above = relevant - set(names)
+        derived = above or any(name in relevant for name, _ in self.zero.noises)
+        if derived and torch._C._get_tracing_state():
             raise UnsupportedLaw(
                 f"{what}: the law of its micro state is found from derivatives of the "
                 "program, which torch.jit cannot trace. Run without jit "
@@ -341,7 +345,7 @@ class GaussianProgram:
                 )
 
     def _latent(self, name: str) -> list[str]:
-        return sorted(n for n in self.sites[name].parents if not self._fixed(n))
+        return sorted(self._unfixed(self.sites[name].parents))
 
     def _held_evidence(self, name: str) -> Evidence:
         site = self.sites[name]
@@ -357,25 +361,15 @@ class GaussianProgram:
     def _check(self, layout: Layout, view: NoiseView, scale: Tensor, what: str) -> None:
         """The derivative at zero has to predict two runs under large noise."""
         for probe in self.probes:
-            directions = {
-                n.key: probe.drawn[n.key].unsqueeze(0)
-                for n in view.noises
-                if n.key in probe.drawn
-            }
             with torch.no_grad():
                 own = {
                     name: probe.drawn.get((name, "own"), torch.zeros_like(site.value))
                     for name in layout.names
                     for site in [self.sites[name]]
                 }
-                moves = [scale * layout.stack(own)]
-            if directions:
-                moves.append(view.forward(directions)[0])
+                move = scale * layout.stack(own)
             found = layout.stack({n: probe.sites[n].value for n in layout.names})
-            precision = self._precision(layout.names, view)
-            if len(directions) < len(view.noises) or not agree(
-                view.output, moves, found, precision
-            ):
+            if not self._predicts(view, probe, found, layout.names, move):
                 raise UnsupportedLaw(
                     f"{what}: the program is not jointly affine-Gaussian: with larger "
                     "noise, the micro state is not where its derivative says (a "
@@ -384,6 +378,25 @@ class GaussianProgram:
                     "with given=[...]; its ancestors are "
                     f"{sorted(self.ancestors(layout.names)) or 'none'}."
                 )
+
+    def _predicts(
+        self,
+        view: NoiseView,
+        probe: NoiseRun,
+        found: Tensor,
+        names: Sequence[str],
+        *moves: Tensor,
+    ) -> bool:
+        """Whether derivatives at zero, and other moves, lead to what a probe found."""
+        directions = {
+            n.key: probe.drawn[n.key].unsqueeze(0)
+            for n in view.noises
+            if n.key in probe.drawn
+        }
+        if len(directions) < len(view.noises):
+            return False  # the probe did not meet all sites
+        moves = (*moves, view.forward(directions)[0])
+        return agree(view.output, moves, found, self._precision(names, view))
 
     def _precision(self, names: Sequence[str], view: NoiseView) -> float:
         """The rounding of the coarsest dtype that takes part."""
@@ -426,22 +439,14 @@ class GaussianProgram:
 
         known = stack(partial(_expression, self.zero))  # (..., r), at noise zero
         value = stack(lambda e: e.value)
-        rows = NoiseView(known, noises, self.differentiable)
+        rows = NoiseView(known, noises, view.differentiable)
         if math.prod(known.shape[:-1]) > layout.batch_shape.numel():
             crossed, total = covariances_by_columns(view, rows, layout)
         else:
             crossed, total = covariances_by_rows(view, rows)
         for probe in self.probes:
-            directions = {
-                n.key: probe.drawn[n.key].unsqueeze(0)
-                for n in rows.noises
-                if n.key in probe.drawn
-            }
-            own = {n.key for n in rows.noises} - set(directions)
             found = stack(partial(_expression, probe))
-            precision = self._precision(layout.names, rows)
-            moves = [rows.forward(directions)[0]] if directions else [known * 0]
-            if own or not agree(known, moves, found, precision):
+            if not self._predicts(rows, probe, found, layout.names):
                 raise UnsupportedLaw(
                     f"{what}: what is given ({[e.name for e in evidence]}) is not an "
                     "affine function of normal noise. Hold the sites that make it so."
