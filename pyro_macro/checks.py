@@ -16,10 +16,10 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_macro.errors import OffFibre, PyroMacroError, UnsupportedLaw
-from pyro_macro.intervention import Pending, Target, base
+from pyro_macro.intervention import Pending, Target
 from pyro_macro.laws.fibre import tolerance
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import same_parameters
+from pyro_macro.program.inner import same_parameters, unwrapped
 from pyro_macro.realizations import MicroState, Realization
 
 GRID = (
@@ -165,8 +165,9 @@ def refuse_off_support(target: Target, values: Mapping[str, Tensor]) -> None:
     """A micro site gets a value that its own distribution could have."""
     for name, value in values.items():
         fn = target.state.sites[name].fn
-        support = getattr(base(fn), "support", None)
-        if isinstance(base(fn), dist.Delta) or support in (real, real_vector, None):
+        own = unwrapped(fn)
+        support = getattr(own, "support", None)
+        if isinstance(own, dist.Delta) or support in (real, real_vector, None):
             continue
         inside = fn.support.check(value)
         if not bool(inside.all()):

@@ -34,10 +34,10 @@ from pyro_macro.checks import (
     refuse_unexplained,
 )
 from pyro_macro.errors import PyroMacroError, UnknownSite
-from pyro_macro.intervention import Ahead, OnTheFly, Pending, Target, base, fixed
+from pyro_macro.intervention import Ahead, OnTheFly, Pending, Target, fixed
 from pyro_macro.laws.fibre import FibreDistribution
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import Shared, Site, is_deterministic, replay
+from pyro_macro.program.inner import Shared, Site, is_deterministic, replay, unwrapped
 from pyro_macro.program.layout import Layout
 from pyro_macro.realizations import Realization
 from pyro_macro.realizations.base import refuse_injective, refuse_subsampled
@@ -375,8 +375,8 @@ class _Setting(_Handler):
         causes: frozenset[Any] = frozenset()
         if target.value is not None:
             causes = get_provenance(self._macro_value(target, msg, target.value))
-        if isinstance(base(realized.law), dist.Delta):
-            draw = track_provenance(base(realized.law).v, causes)
+        if isinstance(unwrapped(realized.law), dist.Delta):
+            draw = track_provenance(unwrapped(realized.law).v, causes)
         else:
             draw = self._latent(target, msg, causes)
         values = realized.layout.unstack(realized.push(draw))

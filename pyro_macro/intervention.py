@@ -23,11 +23,10 @@ from torch import Tensor
 from pyro_macro.errors import PyroMacroError, UnknownSite, UnsupportedLaw
 from pyro_macro.laws.gaussian import Evidence, GaussianLaw, GaussianProgram
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import InnerRun, Shared, Site, refuse_fixed
+from pyro_macro.program.inner import InnerRun, Shared, Site, refuse_fixed, unwrapped
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.reading import draw
 from pyro_macro.realizations import MicroState, Realization, Realized
-from pyro_macro.realizations.base import as_given
 
 Interventions = Mapping[MacroVariable, Realization]
 
@@ -215,9 +214,9 @@ def _refuse_dependent(
         for other, other_realization, other_program in laws[:i]:
             if not (realization.draws_own_law and other_realization.draws_own_law):
                 continue
-            if other in as_given(realization.given):
+            if other in realization.given:
                 continue
-            if macro in as_given(other_realization.given):
+            if macro in other_realization.given:
                 continue
             mine = program.latent_sources(macro.micro)
             common = mine & other_program.latent_sources(other.micro)
@@ -256,12 +255,6 @@ def _is_fixed(fn: Any) -> bool:
     return isinstance(fn, _Fixed)
 
 
-def base(fn: Any) -> Any:
-    while isinstance(fn, (MaskedDistribution, torch.distributions.Independent)):
-        fn = fn.base_dist
-    return fn
-
-
 class OnTheFly:
     """Collects the micro sites of one intervention while the program runs.
 
@@ -293,7 +286,7 @@ class OnTheFly:
         :param shared: the parameters and subsamples so far.
         """
         what = f"macro-variable {self.macro.name!r}: given"
-        given = as_given(self.realization.given)
+        given = self.realization.given
         for thing in given:
             if thing in shared:
                 continue  # parameters are held anyway
@@ -375,7 +368,7 @@ class Pending(Tensor):
 
         :param law: the site's distribution, at an unknown point, to be filled too.
         """
-        pending = Tensor._make_subclass(Pending, base(law).v.clone())
+        pending = Tensor._make_subclass(Pending, unwrapped(law).v.clone())
         pending.law = law
         pending.message = (
             f"{what}: the value of micro site {name!r} is used before the last micro "
@@ -390,7 +383,7 @@ class Pending(Tensor):
         plain, provenance = extract_provenance(value)
         with torch._C.DisableTorchFunctionSubclass():
             if plain.shape == self.shape:
-                base(self.law).v = value
+                unwrapped(self.law).v = value
             # Of another shape where there are plates outside
             self.data = torch.empty_like(plain)
             self.__class__ = Tensor  # type: ignore[assignment]

@@ -170,13 +170,11 @@ class FibreDistribution(TorchDistribution):
         rows: Tensor,
         value: Tensor,
         pivots: Tensor | None = None,
-        batch_shape: Size | None = None,
     ) -> None:
         self.loc, self.covariance = loc, covariance
         self.rows, self.value = rows, value
         self.pivots = choose_pivots(rows) if pivots is None else pivots
-        if batch_shape is None:
-            batch_shape = torch.broadcast_shapes(loc.shape[:-1], value.shape[:-1])
+        batch_shape = torch.broadcast_shapes(loc.shape[:-1], value.shape[:-1])
         self._finer: FibreDistribution | None = None  # in a finer dtype
         super().__init__(batch_shape, loc.shape[-1:])
 

@@ -15,7 +15,6 @@ from typing import Any
 import networkx as nx
 import torch
 from torch import Size, Tensor
-from torch.distributions import Transform
 
 from pyro_macro.errors import NotAMicroState, UnsupportedLaw
 from pyro_macro.laws.covariance import Covariance, Explained
@@ -27,10 +26,11 @@ from pyro_macro.laws.derivatives import (
 )
 from pyro_macro.laws.structure import Structure
 from pyro_macro.program.inner import Shared as SharedStatement
-from pyro_macro.program.inner import Site
+from pyro_macro.program.inner import Site, unwrapped
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.noise import Noise, NoiseRun, NoiseView
 from pyro_macro.program.reading import dependence
+from pyro_macro.program.tracking import tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +151,7 @@ class GaussianProgram:
         # Without ancestors there is nothing to check: spare the probes
         alone = not evidence and relevant == set(names)
         differentiable = (
-            any(requires_grad(site.fn) for site in sites)
+            any(t.requires_grad for site in sites for t in tensors_in(site.fn))
             if alone
             else self._is_differentiable(names, evidence)
         )
@@ -291,7 +291,7 @@ class GaussianProgram:
         self._refuse_tracing(relevant, names, what)
         self._refuse_kinks(relevant, what)
         for name in sorted(relevant & set(zero.opaque)):
-            law = type(_unwrapped(zero.opaque[name])).__name__
+            law = type(unwrapped(zero.opaque[name])).__name__
             if name in names:
                 raise UnsupportedLaw(
                     f"{what}: micro site {name!r} is {law}. Expected a Gaussian: the "
@@ -472,24 +472,3 @@ class GaussianProgram:
 
 def _expression(run: NoiseRun, known: Evidence) -> Tensor:
     return known.of(run)
-
-
-def requires_grad(thing: Any) -> bool:
-    """Whether a distribution has parameters that need gradients."""
-    if isinstance(thing, Tensor):
-        return thing.requires_grad
-    if isinstance(thing, (list, tuple)):
-        return any(map(requires_grad, thing))
-    if isinstance(thing, (torch.distributions.Distribution, Transform)):
-        return any(map(requires_grad, vars(thing).values()))
-    return False
-
-
-def _unwrapped(fn: Any) -> Any:
-    while hasattr(fn, "base_dist") and type(fn).__name__ in (
-        "Independent",
-        "MaskedDistribution",
-        "ExpandedDistribution",
-    ):
-        fn = fn.base_dist
-    return fn

@@ -22,7 +22,10 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.torch_distribution import (
+    ExpandedDistribution,
+    MaskedDistribution,
+)
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -134,6 +137,15 @@ def is_deterministic(msg: Message) -> bool:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return type(fn).__name__ == "Delta" or isinstance(fn, pyro.distributions.Delta)
+
+
+def unwrapped(fn: Any) -> Any:
+    """A distribution without what masks it, expands it or groups its dimensions."""
+    while isinstance(
+        fn, (torch.distributions.Independent, MaskedDistribution, ExpandedDistribution)
+    ):
+        fn = fn.base_dist
+    return fn
 
 
 def refuse_fixed(msg: Message, who: str) -> None:

@@ -15,7 +15,8 @@ import torch
 from pyro.poutine.runtime import Message
 
 from pyro_macro.errors import UnknownSite
-from pyro_macro.program.inner import InnerRun, Shared, Site, preserved_random_state
+from pyro_macro.program.inner import InnerRun, Site, preserved_random_state
+from pyro_macro.program.tracking import tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +63,7 @@ class _ReadingRun(InnerRun):
 
 def draw(fn: Any) -> torch.Tensor:
     """A private draw, after which the random state is what it was."""
-    base = fn
-    while hasattr(base, "base_dist"):
-        base = base.base_dist
-    some = next((v for v in vars(base).values() if isinstance(v, torch.Tensor)), None)
+    some = next(tensors_in(fn), None)
     device = torch.device("cpu") if some is None else some.device
     with preserved_random_state(device), torch.no_grad():
         return fn.sample()
@@ -113,6 +111,3 @@ def read(
         if name not in run.sites:
             raise UnknownSite.named("values", name, run.sites)
     return Program(run.sites, frozenset(run.params))
-
-
-__all__ = ["Program", "Shared", "Site", "draw", "read"]

@@ -12,7 +12,7 @@ and notes the names of the sites on their results.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, ValuesView
 from typing import Any
 
 import torch
@@ -138,16 +138,23 @@ class Tracker(TorchFunctionMode):
 
     def _collect(self, things: Iterable[Any]) -> frozenset[str]:
         found = NOTHING
-        for thing in things:
-            if isinstance(thing, torch.Tensor):
-                found |= getattr(thing, self._key, NOTHING)
-            elif isinstance(thing, (tuple, list, set, frozenset)):
-                found |= self._collect(thing)
-            elif isinstance(thing, dict):
-                found |= self._collect(thing.values())
-            elif isinstance(thing, (Distribution, Transform)):
-                found |= self._collect(vars(thing).values())
+        for tensor in tensors_in(things):
+            found |= getattr(tensor, self._key, NOTHING)
         return found
+
+
+def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a distribution, a container or a tensor is made of."""
+    if isinstance(thing, torch.Tensor):
+        yield thing
+        return
+    if isinstance(thing, (Distribution, Transform)):
+        thing = vars(thing)
+    if isinstance(thing, dict):
+        thing = thing.values()
+    if isinstance(thing, (tuple, list, set, frozenset, ValuesView)):
+        for part in thing:
+            yield from tensors_in(part)
 
 
 def _is_discrete(result: Any) -> bool:

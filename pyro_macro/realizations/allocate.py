@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor
 
-from pyro_macro.errors import OffFibre, PyroMacroError
 from pyro_macro.realizations.base import MicroState, Realization, Realized
 
 
@@ -39,30 +37,12 @@ class Allocate(Realization):
 
     def realize(self, state: MicroState) -> Realized:
         value = state.tensor(self.value, "value")
-        shares = torch.as_tensor(self.shares).to(state.like)
-        size = state.layout.size
         event_dim = state.macro.aggregation.event_dim
-        if shares.dim() < 1 + event_dim or shares.shape[-1] != size:
-            raise PyroMacroError(
-                f"{state.what}: shares have shape {tuple(shares.shape)}. Expected "
-                f"{size} in the rightmost dimension, for {state.layout.describe()}."
-            )
-        total = state.total(shares)
-        one = (
-            torch.eye(total.shape[-1]).to(total)
-            if event_dim
-            else torch.ones_like(total)
-        )
-        if type(total) is Tensor and not torch.allclose(
-            total, one, rtol=1e-4, atol=1e-5
-        ):
-            raise OffFibre(
-                f"{state.what}: the shares have macro value {total.tolist()}. Expected "
-                f"{one.tolist()}: divide the shares by it."
-            )
+        shares = state.unit_state(self.shares, "shares have", event_dim)
         if event_dim:
             point = (value.unsqueeze(-2) @ shares).squeeze(-2)
         else:
             # Exactly on the fibre, also where the shares are rounded
-            point = value.unsqueeze(-1) * (shares / total.unsqueeze(-1))
+            total = state.total(shares).unsqueeze(-1)
+            point = value.unsqueeze(-1) * (shares / total)
         return Realized(dist.Delta(point, event_dim=1), state.layout)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from pyro_macro.errors import NotAMicroState, PyroMacroError, UnsupportedLaw
+from pyro_macro.errors import NotAMicroState, OffFibre, PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.fibre import choose_pivots
 from pyro_macro.laws.gaussian import Evidence, GaussianLaw, GaussianProgram
 from pyro_macro.macro import MacroVariable
@@ -199,6 +199,34 @@ class MicroState:
             )
         return tensor
 
+    def unit_state(self, numbers: Any, subject: str, event_dim: int = 0) -> Tensor:
+        """A micro state with macro value one, shape ``(..., K)``.
+
+        :param subject: what it is, and a verb, for messages.
+        :param event_dim: 1 for one such state, a row, for each of ``m`` macro values.
+        :raises PyroMacroError: if it has a wrong shape.
+        :raises OffFibre: if it has another macro value.
+        """
+        state, size = torch.as_tensor(numbers).to(self.like), self.layout.size
+        if state.dim() < 1 + event_dim or state.shape[-1] != size:
+            raise PyroMacroError(
+                f"{self.what}: {subject} shape {tuple(state.shape)}. Expected "
+                f"{size} in the rightmost dimension, for {self.layout.describe()}."
+            )
+        total = self.total(state)
+        one = torch.ones_like(total)
+        if event_dim:
+            one = torch.eye(total.shape[-1]).to(total)
+        # A tensor that other code traces must not be looked into
+        if type(total) is Tensor and not torch.allclose(
+            total, one, rtol=1e-4, atol=1e-5
+        ):
+            raise OffFibre(
+                f"{self.what}: {subject} macro value {total.tolist()}. Expected "
+                f"{one.tolist()}: divide by it."
+            )
+        return state
+
     def fibre(self, law: GaussianLaw, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The linear equations that a vector in the law's layout has to meet.
 
@@ -261,7 +289,7 @@ class MicroState:
 Given = str | MacroVariable | Sequence[str | MacroVariable]
 
 
-def as_given(given: Given) -> tuple[str | MacroVariable, ...]:
+def _as_given(given: Given) -> tuple[str | MacroVariable, ...]:
     """What is given, as a tuple."""
     if isinstance(given, (str, MacroVariable)):
         return (given,)
@@ -290,6 +318,9 @@ class Realization(ABC):
     given: Any = ()
     acts_on_natural: bool = False
     draws_own_law: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "given", _as_given(self.given))
 
     @abstractmethod
     def realize(self, state: MicroState) -> Realized:

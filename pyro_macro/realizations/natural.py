@@ -13,7 +13,6 @@ from pyro_macro.realizations.base import (
     MicroState,
     Realization,
     Realized,
-    as_given,
 )
 
 
@@ -53,9 +52,6 @@ class Natural(Realization):
     value: float | Tensor
     given: Given = ()
     draws_own_law = True
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "given", as_given(self.given))
 
     def realize(self, state: MicroState) -> Realized:
         law = state.gaussian()

@@ -17,7 +17,6 @@ from pyro_macro.realizations.base import (
     MicroState,
     Realization,
     Realized,
-    as_given,
 )
 
 
@@ -53,7 +52,7 @@ class Residual(Realization):
     draws_own_law = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "given", as_given(self.given))
+        super().__post_init__()
         single = isinstance(self.absorb, (str, int))
         names: Any = [self.absorb] if single else self.absorb
         if not isinstance(names, (list, tuple)) or not all(

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from pyro_macro.errors import OffFibre, PyroMacroError
+from pyro_macro.errors import PyroMacroError
 from pyro_macro.laws.fibre import NaturalNormal
 from pyro_macro.laws.product import StackedSites
 from pyro_macro.realizations.base import (
@@ -17,7 +16,6 @@ from pyro_macro.realizations.base import (
     MicroState,
     Realization,
     Realized,
-    as_given,
 )
 
 
@@ -55,9 +53,6 @@ class Shift(Realization):
     given: Given = ()
     acts_on_natural = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "given", as_given(self.given))
-
     def macro_value(self, state: MicroState) -> None:
         return None
 
@@ -83,19 +78,5 @@ class Shift(Realization):
             gain = NaturalNormal(law.loc, law.covariance, rows, moved, pivots).gain
             step = (gain @ moved.unsqueeze(-1)).squeeze(-1)
             return state.layout.stack(law.layout.unstack(step)).to(state.like)
-        along = torch.as_tensor(self.along).to(state.like)
-        if along.dim() < 1 or along.shape[-1] != state.layout.size:
-            raise PyroMacroError(
-                f"{state.what}: along has shape {tuple(along.shape)}. Expected "
-                f"{state.layout.size} in the rightmost dimension, for "
-                f"{state.layout.describe()}."
-            )
-        total = state.total(along)
-        if type(total) is Tensor and not torch.allclose(
-            total, torch.ones_like(total), rtol=1e-4, atol=1e-5
-        ):
-            raise OffFibre(
-                f"{state.what}: along has macro value {total.tolist()}. Expected 1, so "
-                "that delta is what the macro value moves by: divide it by that."
-            )
+        along = state.unit_state(self.along, "along has")
         return delta.unsqueeze(-1) * along
