@@ -3,7 +3,17 @@
 
 """Interventions on aggregated variables, for everyone who writes models in Pyro."""
 
-from pyro_macro.aggregation import Aggregation, Custom, Linear, Mean, Sum
+from pyro_macro.aggregation import (
+    Aggregation,
+    Coarsen,
+    Count,
+    Custom,
+    Linear,
+    Max,
+    Mean,
+    Min,
+    Sum,
+)
 from pyro_macro.errors import (
     CyclicPartition,
     Infeasible,
@@ -15,10 +25,13 @@ from pyro_macro.errors import (
     UnsupportedLaw,
 )
 from pyro_macro.handlers import aggregate, macro_do
+from pyro_macro.laws.flow import Flow
+from pyro_macro.laws.sampled import Chains, NotConverged
 from pyro_macro.macro import MacroVariable
 from pyro_macro.realizations import (
     Allocate,
     Explicit,
+    MaxEntropy,
     Natural,
     Proportional,
     Realization,
@@ -31,9 +44,16 @@ __version__ = "0.1.0"
 __all__ = [
     "Aggregation",
     "Allocate",
+    "Chains",
+    "Coarsen",
+    "Count",
+    "Max",
+    "MaxEntropy",
+    "Min",
     "Custom",
     "CyclicPartition",
     "Explicit",
+    "Flow",
     "Infeasible",
     "InterventionNotAllowed",
     "Linear",
@@ -41,6 +61,7 @@ __all__ = [
     "Mean",
     "Natural",
     "NotAMicroState",
+    "NotConverged",
     "OffFibre",
     "Proportional",
     "PyroMacroError",

@@ -16,9 +16,10 @@ from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from pyro_macro.errors import OffFibre, PyroMacroError, UnsupportedLaw
-from pyro_macro.intervention import Pending, Target
-from pyro_macro.laws.fibre import tolerance
+from pyro_macro.intervention import Target
+from pyro_macro.laws.base import tolerance
 from pyro_macro.macro import MacroVariable
+from pyro_macro.on_the_fly import Pending
 from pyro_macro.program.inner import same_parameters, unwrapped
 from pyro_macro.realizations import MicroState, Realization
 
@@ -52,15 +53,6 @@ def checked(
                 "Explicit(value, fn)."
             )
     refuse_repeated("macro_do", interventions)
-    seen: dict[str, str] = {}
-    for macro in interventions:
-        for name in macro.micro:
-            if name in seen:
-                raise PyroMacroError(
-                    f"macro_do: micro site {name!r} belongs to both {seen[name]!r} and "
-                    f"{macro.name!r}. Expected disjoint micro sites."
-                )
-            seen[name] = macro.name
     return dict(interventions)
 
 
@@ -176,6 +168,22 @@ def refuse_off_support(target: Target, values: Mapping[str, Tensor]) -> None:
             worst = worst[(~inside).flatten().nonzero()[0, 0]]
             raise OffFibre(
                 f"{target.what}: micro site {name!r} gets the value {worst.tolist()}, "
-                f"off its support {support}. Choose a macro value, or a realization, "
-                "that its distribution can follow."
+                f"off its support {_shown(support)}{_miss(support, value)}. Choose a "
+                "macro value, or a realization, that its distribution can follow."
             )
+
+
+def _shown(support: Any) -> str:
+    """A support without the numbers of large tensors."""
+    shown = str(support)
+    return shown if len(shown) < 80 else f"{type(support).__name__.strip('_')}(...)"
+
+
+def _miss(support: Any, value: Tensor) -> str:
+    """By how much a value misses an interval, in words."""
+    low = torch.as_tensor(getattr(support, "lower_bound", -torch.inf)).to(value)
+    high = torch.as_tensor(getattr(support, "upper_bound", torch.inf)).to(value)
+    miss = torch.maximum(low - value, value - high).max().item()
+    if miss > 0:
+        return f", by {miss:g}"
+    return ", which has whole numbers only" if support.is_discrete else ""

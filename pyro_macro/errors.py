@@ -55,3 +55,7 @@ class CyclicPartition(PyroMacroError):
 
 class UnsupportedLaw(PyroMacroError):
     """A law that is not known exactly, where only an exact one is accepted."""
+
+
+class NotAffine(UnsupportedLaw):
+    """A program of Gaussian sites that is no affine function of their noise."""

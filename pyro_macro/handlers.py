@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, overload
 
+import pyro
 import pyro.distributions as dist
 import torch
 from pyro.ops.provenance import get_provenance, track_provenance
@@ -34,13 +35,28 @@ from pyro_macro.checks import (
     refuse_unexplained,
 )
 from pyro_macro.errors import PyroMacroError, UnknownSite
-from pyro_macro.intervention import Ahead, OnTheFly, Pending, Target, fixed
-from pyro_macro.laws.fibre import FibreDistribution
+from pyro_macro.intervention import Ahead, Target, fixed
+from pyro_macro.laws.base import MicroLaw
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import Shared, Site, is_deterministic, replay, unwrapped
+from pyro_macro.on_the_fly import OnTheFly, Pending
+from pyro_macro.program.inner import (
+    Shared,
+    Site,
+    is_deterministic,
+    preserved_random_state,
+    replay,
+    unwrapped,
+)
 from pyro_macro.program.layout import Layout
-from pyro_macro.realizations import Realization
-from pyro_macro.realizations.base import refuse_injective, refuse_subsampled
+from pyro_macro.program.substitution import detached
+from pyro_macro.realizations import MicroState, Realization
+from pyro_macro.realizations.base import (
+    common,
+    refuse_injective,
+    refuse_subsampled,
+)
+from pyro_macro.reports import Descriptions
+from pyro_macro.units import units
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -165,7 +181,11 @@ class _Handler(Messenger):
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             return self._run(fn, args, kwargs)
 
+        self._equip(wrapped, fn)
         return wrapped
+
+    def _equip(self, wrapped: Any, fn: Callable[..., Any]) -> None:
+        """What a wrapped model offers besides being called."""
 
     def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         raise NotImplementedError
@@ -233,9 +253,16 @@ class _WrappedModule(torch.nn.Module):
         super().__init__()
         self.handler = handler
         self.model = model
+        handler._equip(self, model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.handler._run(self.model, args, kwargs)
+
+
+def _as_drawn(value: Tensor, state: MicroState, name: str) -> Tensor:
+    """A micro value in the dtype of its site: whole numbers index tables."""
+    dtype = state.sites[name].value.dtype
+    return value if dtype.is_floating_point else value.to(dtype)
 
 
 def _deterministic(value: Tensor, event_dim: int) -> Any:
@@ -316,8 +343,9 @@ class Aggregate(_Handler):
         micro = [self._sites[n] for n in macro.micro]
         refuse_subsampled(what, macro, micro)
         layout = Layout(micro, macro.over, what)
-        state = layout.stack({n: self._sites[n].value for n in macro.micro})
-        refuse_injective(what, macro, state)
+        values = {n: self._sites[n].value for n in macro.micro}
+        state = layout.stack(values).to(common(list(values.values())))
+        refuse_injective(what, macro, state, layout)
         value = macro.aggregation(state)
         fn = _deterministic(value, macro.aggregation.event_dim)
         site = self._emit(msg, macro.name, fn, layout.frames, value)
@@ -346,8 +374,12 @@ class _Setting(_Handler):
 
     def _set(self, target: Target, name: str, msg: Message) -> None:
         """Makes a micro site deterministic, drawing the micro state if need be."""
-        if target.values is None:
-            target.values = self._realize(target, msg)
+        drawn: dict[str, Tensor] = {}
+        for other in target.group if target.values is None else ():
+            other.follow(drawn)
+            other.values = self._realize(other, msg)
+            drawn |= other.values
+        assert target.values is not None
         value = target.values[name]
         target.met.add(name)
         msg["fn"] = fixed(value, len(target.state.sites[name].event_shape))
@@ -373,8 +405,8 @@ class _Setting(_Handler):
         refuse_mask(target, msg)
         # What renders programs finds the edge from the macro value to the micro state
         causes: frozenset[Any] = frozenset()
-        if target.value is not None:
-            causes = get_provenance(self._macro_value(target, msg, target.value))
+        for macro, value in target.macro_values():
+            causes |= get_provenance(self._macro_value(target, macro, msg, value))
         if isinstance(unwrapped(realized.law), dist.Delta):
             draw = track_provenance(unwrapped(realized.law).v, causes)
         else:
@@ -382,15 +414,17 @@ class _Setting(_Handler):
         values = realized.layout.unstack(realized.push(draw))
         micro = state.layout.stack(values)
         if target.value is None:
-            self._macro_value(target, msg, state.total(micro))
+            self._macro_value(target, state.macro, msg, state.total(micro))
         if is_validation_enabled():
             refuse_off_support(target, values)
             if target.value is not None:
                 refuse_off_fibre(target.what, state, micro, target.value)
-        return values
+        return {name: _as_drawn(value, state, name) for name, value in values.items()}
 
-    def _macro_value(self, target: Target, msg: Message, value: Tensor) -> Tensor:
-        state, macro = target.state, target.state.macro
+    def _macro_value(
+        self, target: Target, macro: MacroVariable, msg: Message, value: Tensor
+    ) -> Tensor:
+        state = target.state
         event_dim = macro.aggregation.event_dim
         split = value.dim() - event_dim
         batch = torch.broadcast_shapes(value.shape[:split], state.layout.batch_shape)
@@ -407,7 +441,7 @@ class _Setting(_Handler):
         batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
         if batch != law.batch_shape:
             law = law.expand(batch)
-        if causes and isinstance(law, FibreDistribution):
+        if causes and isinstance(law, MicroLaw):
             law = law.caused_by(causes)
         try:
             site = self._emit(msg, name, law, layout.frames)
@@ -416,7 +450,7 @@ class _Setting(_Handler):
                 raise
             raise PyroMacroError(f"{target.what}: {error}. {GRID}") from error
         draw: Tensor = site["value"]  # type: ignore[assignment]
-        if causes and not isinstance(law, FibreDistribution):
+        if causes and not isinstance(law, MicroLaw):
             draw = track_provenance(draw, causes)
         return draw
 
@@ -471,14 +505,15 @@ class MacroDo(_Setting):
     ) -> None:
         super().__init__()
         self.interventions = checked(interventions)
+        self._units = units(self.interventions)
         self._begin()
 
     def _begin(self) -> None:
         self._targets, self._expected = {}, {}
         self._collected: dict[str, OnTheFly] = {}
-        for macro, realization in self.interventions.items():
-            collector = OnTheFly(macro, realization)
-            self._collected |= {name: collector for name in macro.micro}
+        for unit in self._units:
+            collector = OnTheFly(unit)
+            self._collected |= dict.fromkeys(unit.macro.micro, collector)
         self._known: dict[str, Tensor] = {}  # the sites so far, by name
         self._latent_sites: set[str] = set()  # those among them that are random
         self._passing: dict[int, tuple[str, bool]] = {}
@@ -489,6 +524,47 @@ class MacroDo(_Setting):
 
     def _macro_of(self, name: str) -> MacroVariable:
         return self._collected[name].macro
+
+    def _equip(self, wrapped: Any, fn: Callable[..., Any]) -> None:
+        def describe(*args: Any, **kwargs: Any) -> Descriptions:
+            return self._describe(fn, args, kwargs)
+
+        describe.__doc__ = MacroDo._describe.__doc__
+        wrapped.describe = describe
+
+    def _describe(
+        self, fn: Callable[..., Any], args: tuple, kwargs: dict
+    ) -> Descriptions:
+        """How each intervention is realized in this model, with these arguments.
+
+        The model is run once, unseen. Where a law is sampled its chains are run, which
+        the next run then finds.
+
+        >>> import pyro, pyro.distributions as dist, pyro_macro as pm
+        >>> def shop():
+        ...     x1 = pyro.sample("x1", dist.Poisson(2.0))
+        ...     x2 = pyro.sample("x2", dist.Poisson(3.0))
+        >>> sales = pm.MacroVariable("sales", micro=["x1", "x2"])
+        >>> pm.macro_do(shop, {sales: pm.Natural(4.0)}).describe()
+              macro  sales
+        realization  Natural
+                law  Multinomial
+              exact  True
+             method  exact: Poisson given the sum is multinomial
+           elements  2
+               free  0
+               cost  2 random numbers a draw
+        """
+        store = pyro.get_param_store()
+        known = set(store.keys())
+        with detached(), preserved_random_state(torch.device("cpu")):
+            prepared = _Prepared(Ahead(self.interventions, (fn, args, kwargs)))
+            with prepared:
+                fn(*args, **kwargs)
+        for name in set(store.keys()) - known:
+            del store[name]
+        targets = dict.fromkeys(prepared._targets.values())
+        return Descriptions([target.described() for target in targets])
 
     def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         with _Prepared(Ahead(self.interventions, (fn, args, kwargs))):

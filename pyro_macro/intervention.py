@@ -5,42 +5,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.ops.provenance import (
-    ProvenanceTensor,
     detach_provenance,
-    extract_provenance,
 )
-from pyro.poutine.runtime import Message, apply_stack
+from pyro.poutine.runtime import Message
 from torch import Tensor
+from torch.distributions import biject_to
 
+from pyro_macro.aggregation.stacked import Stacked
 from pyro_macro.errors import PyroMacroError, UnknownSite, UnsupportedLaw
-from pyro_macro.laws.gaussian import Evidence, GaussianLaw, GaussianProgram
+from pyro_macro.laws.base import MicroLaw
+from pyro_macro.laws.gaussian import GaussianProgram
+from pyro_macro.laws.upstream import Evidence
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import InnerRun, Shared, Site, refuse_fixed, unwrapped
+from pyro_macro.program.inner import (
+    InnerRun,
+    Shared,
+    Site,
+    refuse_fixed,
+    unwrapped,
+)
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.reading import draw
+from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization, Realized
-
-Interventions = Mapping[MacroVariable, Realization]
+from pyro_macro.reports import Description
+from pyro_macro.units import Interventions, Unit, groups, units, value_of
 
 
 class Target:
-    """One intervention in one run."""
+    """One intervention in one run.
 
-    def __init__(self, state: MicroState, realization: Realization) -> None:
-        self.state = state
-        self.what = state.what
-        self.value = realization.macro_value(state)
-        self.realized: Realized = realization.realize(state)
+    :ivar values: the value of each micro site, once it is drawn.
+    :ivar group: what is drawn together with it, in this order; what comes later
+        depends on what was drawn before.
+    """
+
+    def __init__(
+        self,
+        state: MicroState,
+        unit: Unit,
+        later: Callable[[Mapping[str, Tensor]], MicroState] | None = None,
+    ) -> None:
+        self.unit, self.later = unit, later
         self.values: dict[str, Tensor] | None = None
         self.met: set[str] = set()
+        self.group = [self]
+        self._set(state)
+        if later is None:
+            self.realized: Realized = unit.realization.realize(state)
+
+    def _set(self, state: MicroState) -> None:
+        self.state, self.what = state, state.what
+        self.value = self.unit.realization.macro_value(state)
+
+    def follow(self, drawn: Mapping[str, Tensor]) -> None:
+        """Realizes it, now that the sites before it in its group are drawn."""
+        if self.later is not None:
+            with detached():
+                self._set(self.later(drawn))
+                self.realized = self.unit.realization.realize(self.state)
+
+    def described(self) -> Description:
+        """What :meth:`macro_do(...).describe` says of it."""
+        law, layout = self.realized.law, self.realized.layout
+        known = isinstance(law, MicroLaw)
+        method = law.method if known else "as stated"
+        point = isinstance(unwrapped(law), dist.Delta)
+        free = 0
+        if not point and not law.support.is_discrete:
+            try:
+                free = biject_to(law.support).inverse_shape(law.event_shape)[-1]
+            except (UnsupportedLaw, NotImplementedError):
+                free = layout.size - 1
+        return Description(
+            macro=", ".join(m.name for m in self.unit.members),
+            realization=type(self.unit.realization).__name__,
+            law=type(unwrapped(law)).__name__,
+            exact=point or not known or method.startswith("exact"),
+            method="a point" if point else method,
+            elements=layout.size,
+            free=free,
+            cost="none" if point else law.cost if known else "that of its own draws",
+        )
+
+    def macro_values(self) -> list[tuple[MacroVariable, Tensor]]:
+        """The value of each macro-variable that is set."""
+        if self.value is None:
+            return []
+        aggregation = self.state.macro.aggregation
+        if not isinstance(aggregation, Stacked):
+            return [(self.state.macro, self.value)]
+        values = aggregation.split(self.value)
+        return list(zip(self.unit.members, values, strict=True))
 
 
 class _Lookahead(InnerRun):
@@ -78,39 +141,98 @@ class Ahead:
 
     def targets(self) -> dict[str, Target]:
         """The target of each micro site."""
-        natural = self._look()
+        self.natural = self._look()
+        read = {unit: self._read(unit) for unit in units(self.interventions)}
+        self.read_sites = {n: s for _, p in read.values() for n, s in p.sites.items()}
         found: dict[str, Target] = {}
-        laws: list[tuple[MacroVariable, Realization, GaussianProgram]] = []
-        for macro, realization in self.interventions.items():
-            held, evidence, sites = self._given(macro, realization)
-            program = GaussianProgram(
-                self.model,
-                macro.micro,
-                [*macro.micro, *sites, *held],
-                self.shared,
-                held,
-            )
-            for name in macro.micro:
-                if name not in program.sites:
-                    raise UnknownSite.named(
-                        f"macro-variable {macro.name!r}", name, program.sites
-                    )
-                refuse_unfit(macro, program.sites[name])
-            what = f"macro-variable {macro.name!r}"
-            if macro.name in program.sites:
-                raise PyroMacroError(
-                    f"{what}: the program has a site of that name already. Give the "
-                    "macro-variable another one."
-                )
-            program.refuse_paths(macro.micro, what)
-            own = natural if realization.acts_on_natural else program.sites
-            sites_now = {name: own[name] for name in macro.micro}
-            state = MicroState(macro, program, evidence, self.shared, sites_now)
-            target = Target(state, realization)
-            found |= {name: target for name in macro.micro}
-            laws.append((macro, realization, program))
-        _refuse_dependent(laws)
+        for group in groups(read):
+            targets = []
+            for i, unit in enumerate(group):
+                state = read[unit][0]
+                if len(group) > 1:
+                    target = self._in_group(group, i, read)
+                else:
+                    target = Target(state, unit)
+                targets.append(target)
+            for unit, target in zip(group, targets, strict=True):
+                target.group = targets
+                found |= dict.fromkeys(unit.macro.micro, target)
         return found
+
+    def _read(
+        self,
+        unit: Unit,
+        more: Sequence[Evidence] = (),
+        drawn: Mapping[str, Tensor] | None = None,
+    ) -> tuple[MicroState, GaussianProgram]:
+        """The program as far as a unit needs it.
+
+        :param more: what is known besides what is given.
+        :param drawn: micro sites of other units, at their values.
+        """
+        macro, realization = unit.macro, unit.realization
+        what = f"macro-variable {macro.name!r}"
+        held, evidence, sites = self._given(macro, realization)
+        shared = dict(self.shared)
+        for name, value in (drawn or {}).items():
+            held[name] = value
+            shared[name] = Shared(value, outside=self._outside(name, value))
+        evidence += more
+        needed = [n for e in more for n in e.sites]
+        program = GaussianProgram(
+            self.model,
+            macro.micro,
+            [*macro.micro, *sites, *needed, *held],
+            self.shared if drawn is None else shared,
+            held,
+        )
+        for name in macro.micro:
+            if name not in program.sites:
+                raise UnknownSite.named(what, name, program.sites)
+            for member in unit.members:
+                if name in member.micro:
+                    refuse_unfit(member, program.sites[name])
+        for member in unit.members:
+            if member.name in program.sites:
+                raise PyroMacroError(
+                    f"macro-variable {member.name!r}: the program has a site of that "
+                    "name already. Give the macro-variable another one."
+                )
+        program.refuse_paths(macro.micro, what)
+        own = self.natural if realization.acts_on_natural else program.sites
+        sites_now = {name: own[name] for name in macro.micro}
+        state = MicroState(macro, program, evidence, program.shared, sites_now)
+        return state, program
+
+    def _in_group(
+        self,
+        group: list[Unit],
+        i: int,
+        read: Mapping[Unit, tuple[MicroState, GaussianProgram]],
+    ) -> Target:
+        """One of several units that depend on one another.
+
+        The joint law is taken apart: ``P(X_1 | all values)``, then
+        ``P(X_2 | X_1, the values that are left)``, and so on.
+        """
+        unit = group[i]
+        left = [value_of(other, read[other][0]) for other in group[i + 1 :]]
+
+        def given(drawn: Mapping[str, Tensor]) -> MicroState:
+            before = {n: drawn[n] for u in group[:i] for n in u.macro.micro}
+            return self._read(unit, left, before)[0]
+
+        if i == 0:
+            return Target(self._read(unit, left)[0], unit)
+        return Target(read[unit][0], unit, later=given)
+
+    def _outside(self, name: str, value: Tensor) -> dict[int, int]:
+        """The dimensions of a drawn value that are no plates of the program."""
+        site = self.read_sites[name]
+        plates = {f.dim for f in site.frames}
+        batch = value.shape[: value.dim() - len(site.event_shape)]
+        dims = range(-len(batch), 0)
+        return {d: batch[d] for d in dims if batch[d] > 1 and d not in plates}
 
     def _look(self) -> dict[str, Site]:
         """Executes what is given, and what a natural value depends on."""
@@ -186,6 +308,7 @@ class Ahead:
             sites=macro.micro,
             frames=layout.frames,
             event_shape=value.shape[value.dim() - event_dim :],
+            macro=macro,
         )
 
 
@@ -204,29 +327,6 @@ def refuse_unfit(macro: MacroVariable, site: Site) -> None:
             "observed and set. Run the model without that observation "
             "(`poutine.uncondition`, or no `obs=`)."
         )
-
-
-def _refuse_dependent(
-    laws: list[tuple[MacroVariable, Realization, GaussianProgram]],
-) -> None:
-    """Two micro states in one handler are drawn apart: their laws must be apart."""
-    for i, (macro, realization, program) in enumerate(laws):
-        for other, other_realization, other_program in laws[:i]:
-            if not (realization.draws_own_law and other_realization.draws_own_law):
-                continue
-            if other in realization.given:
-                continue
-            if macro in other_realization.given:
-                continue
-            mine = program.latent_sources(macro.micro)
-            common = mine & other_program.latent_sources(other.micro)
-            if common:
-                raise UnsupportedLaw(
-                    f"macro-variables {other.name!r} and {macro.name!r} are dependent, "
-                    f"through {sorted(common)}, and it is not stated how they are "
-                    f"realized together. Say Natural(..., given=[{other.name}]) for "
-                    f"{macro.name!r}, hold the common sites, or nest two macro_do."
-                )
 
 
 class _NoParameters(PyroMacroError, AttributeError):
@@ -253,165 +353,3 @@ def _is_fixed(fn: Any) -> bool:
     while hasattr(fn, "base_dist") and not isinstance(fn, _Fixed):
         fn = fn.base_dist
     return isinstance(fn, _Fixed)
-
-
-class OnTheFly:
-    """Collects the micro sites of one intervention while the program runs.
-
-    Without the program at hand, nothing is known of a site before it is met. All but
-    the last micro site are :class:`Pending` until then.
-    """
-
-    def __init__(self, macro: MacroVariable, realization: Realization) -> None:
-        self.macro, self.realization = macro, realization
-        self.sites: dict[str, Site] = {}
-        self.pending: dict[str, Pending] = {}
-
-    def meet(self, site: Site) -> bool:
-        """Takes note of a micro site; whether it was the last."""
-        refuse_unfit(self.macro, site)
-        self.sites[site.name] = site
-        return len(self.sites) == len(self.macro.micro)
-
-    def target(
-        self,
-        known: Mapping[str, Tensor],
-        latent: Iterable[str],
-        shared: dict[str, Shared],
-    ) -> Target:
-        """The target, once all micro sites are met.
-
-        :param known: the values of the sites met so far, by name.
-        :param latent: the names of those among them that are random.
-        :param shared: the parameters and subsamples so far.
-        """
-        what = f"macro-variable {self.macro.name!r}: given"
-        given = self.realization.given
-        for thing in given:
-            if thing in shared:
-                continue  # parameters are held anyway
-            if isinstance(thing, MacroVariable) or thing not in known:
-                name = thing.name if isinstance(thing, MacroVariable) else thing
-                raise UnknownSite.named(f"{what} (so far in the run)", name, known)
-        unheld = sorted(set(latent) - set(given))
-        program = _MetSites(self.macro, self.sites, unheld)
-        sites = {
-            name: replace(self.sites[name], value=program.sites[name].value)
-            for name in self.macro.micro
-        }
-        return Target(
-            MicroState(self.macro, program, [], shared, sites),
-            self.realization,
-        )
-
-    def fill(self, values: Mapping[str, Tensor]) -> None:
-        """Gives the pending values their content."""
-        for name, pending in self.pending.items():
-            pending.fill(values[name])
-
-
-class _MetSites(GaussianProgram):
-    """The program that consists of some micro sites, as they were met."""
-
-    def __init__(
-        self, macro: MacroVariable, sites: dict[str, Site], unheld: list[str]
-    ) -> None:
-        self.unheld = unheld
-
-        def program() -> None:
-            for site in sites.values():
-                apply_stack(
-                    Message(
-                        type="sample",
-                        name=site.name,
-                        fn=site.fn,
-                        is_observed=False,
-                        args=(),
-                        kwargs={},
-                        value=None,
-                        infer={},
-                        scale=1.0,
-                        mask=None,
-                        cond_indep_stack=site.frames,
-                        done=False,
-                        stop=False,
-                        continuation=None,
-                    )
-                )
-
-        super().__init__((program, (), {}), macro.micro, macro.micro, {}, {})
-
-    def law(self, names: Any, over: Any, what: str, given: Any = ()) -> GaussianLaw:
-        if self.unheld:
-            raise UnsupportedLaw(
-                f"{what}: used as a context manager, macro_do does not see the program "
-                f"ahead, and cannot tell how the micro state depends on {self.unheld}. "
-                "Wrap the model, macro_do(model, interventions), or hold them with "
-                f"given={self.unheld}."
-            )
-        return super().law(names, over, what, given)
-
-
-class Pending(Tensor):
-    """A value that is not known yet; using it says so.
-
-    As an uninitialized parameter of torch, it becomes an ordinary tensor in the end.
-    """
-
-    message: str
-    law: Any
-    tracked: bool = False  # whether a handler outside wraps it with a provenance
-
-    @staticmethod
-    def of(name: str, what: str, law: Any) -> Pending:
-        """A pending value of site ``name``.
-
-        :param law: the site's distribution, at an unknown point, to be filled too.
-        """
-        pending = Tensor._make_subclass(Pending, unwrapped(law).v.clone())
-        pending.law = law
-        pending.message = (
-            f"{what}: the value of micro site {name!r} is used before the last micro "
-            "site is drawn. Used as a context manager, macro_do does not see the "
-            "program ahead. Wrap the model: macro_do(model, interventions)."
-        )
-        return pending
-
-    def fill(self, value: Tensor) -> None:
-        """Makes it an ordinary tensor with this content, gradients included."""
-        plain: Any
-        plain, provenance = extract_provenance(value)
-        with torch._C.DisableTorchFunctionSubclass():
-            if plain.shape == self.shape:
-                unwrapped(self.law).v = value
-            # Of another shape where there are plates outside
-            self.data = torch.empty_like(plain)
-            self.__class__ = Tensor  # type: ignore[assignment]
-            self.copy_(plain)
-            if provenance and not self.tracked:
-                self.__class__ = ProvenanceTensor  # type: ignore[assignment]
-                self._t, self._provenance = plain, provenance  # type: ignore[attr-defined]
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        # Handlers outside may ask for its shape, nobody for its content
-        if func in _SHAPES:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        message = next((a.message for a in args if isinstance(a, Pending)), "")
-        raise PyroMacroError(message or "a pending micro value is used")
-
-
-_SHAPES = {
-    Tensor.shape.__get__,  # type: ignore[attr-defined]
-    Tensor.dtype.__get__,  # type: ignore[attr-defined]
-    Tensor.device.__get__,  # type: ignore[attr-defined]
-    Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
-    Tensor.data.__get__,  # type: ignore[attr-defined]
-    Tensor.ndim.__get__,  # type: ignore[attr-defined]
-    Tensor.dim,
-    Tensor.size,
-    Tensor.numel,
-}

@@ -237,3 +237,194 @@ def test_jit_is_right_or_refused():
     free = pm.macro_do(model, {SALES: pm.Natural(9.0)})
     with pytest.raises(pm.UnsupportedLaw, match=r"jit cannot trace.*given=\['z'\]"):
         losses(free, JitTrace_ELBO(ignore_jit_warnings=True))
+
+
+# Micro states that are not Gaussian
+
+
+GAMMAS, SPENT = (2.0, 3.0), torch.tensor([3.0, 5.0, 4.0, 8.0], dtype=torch.float64)
+EARNED = torch.tensor([6.0, 7.0, 10.0, 13.0], dtype=torch.float64)
+SPENDING = pm.MacroVariable("spending", ["s1", "s2"])
+
+
+def campaign():
+    """Spending of two kinds, of which the first earns three times as much."""
+    with pyro.plate("days", 4):
+        s1 = pyro.sample("s1", dist.Gamma(GAMMAS[0], 0.7))
+        s2 = pyro.sample("s2", dist.Gamma(GAMMAS[1], 0.7))
+        pyro.sample("earned", dist.Normal(3 * s1 + s2, 1.5), obs=EARNED)
+
+
+def campaign_by_hand():
+    with pyro.plate("days", 4):
+        share = pyro.sample("share", dist.Beta(*map(torch.tensor, GAMMAS)))
+        s1 = SPENT * share
+        pyro.sample("earned", dist.Normal(2 * s1 + SPENT, 1.5), obs=EARNED)
+
+
+def posterior_of_spending():
+    """Mean and variance of ``s1`` each day, by quadrature."""
+    share = torch.linspace(0, 1, 20001)[1:-1].unsqueeze(-1)
+    density = dist.Beta(*map(torch.tensor, GAMMAS)).log_prob(share)
+    density = density + dist.Normal((2 * share + 1) * SPENT, 1.5).log_prob(EARNED)
+    weight, s1 = density.softmax(0), share * SPENT
+    mean = (weight * s1).sum(0)
+    return mean, (weight * (s1 - mean).square()).sum(0)
+
+
+def test_nuts_infers_gamma_micro_states():
+    model = pm.macro_do(campaign, {SPENDING: pm.Natural(SPENT)})
+    samples, diagnostics = nuts(model, samples=150, warmup=80)
+    state = samples["spending__micro"]
+    torch.testing.assert_close(state.sum(-1), SPENT.expand(150, 4))
+    mean, variance = posterior_of_spending()
+    size = diagnostics["spending__micro"]["n_eff"].reshape(4, 2)[:, 0].clamp(max=150)
+    error = (variance / size).sqrt()
+    assert ((state[..., 0].mean(0) - mean).abs() < 5 * error).all()
+    ratio = state[..., 0].var(0) / variance
+    assert ((ratio - 1).abs() < 5 * (2 / size).sqrt()).all()
+
+
+def test_svi_infers_gamma_micro_states_as_in_the_model_by_hand():
+    # Both guides are normal in the logit of the share, up to a shift
+    model = pm.macro_do(campaign, {SPENDING: pm.Natural(SPENT)})
+    guides = []
+    for program in (model, campaign_by_hand):
+        pyro.clear_param_store()
+        pyro.set_rng_seed(0)
+        guides.append(AutoNormal(program, init_scale=0.3))
+        learn(program, guides[-1], 300)
+    found, wanted = guides
+    share = found.median()["spending__micro"][..., 0] / SPENT
+    assert (torch.logit(share) - wanted.locs.share).abs().max() < 0.05
+    scale = found.scales.spending__micro.squeeze(-1)
+    assert (scale / wanted.scales.share - 1).abs().max() < 0.1
+    mean, variance = posterior_of_spending()
+    assert ((share * SPENT - mean).abs() < 0.5 * variance.sqrt()).all()
+
+
+VISITS = pm.MacroVariable("visits", micro="n", over="shops")
+SET = torch.tensor([6.0, 9.0, 12.0, 8.0, 10.0, 7.0], dtype=torch.float64)
+PRIOR = torch.tensor([2.0, 4.0, 3.0], dtype=torch.float64)
+
+
+def visits(rates=None, sold=None):
+    """Counts in three shops, with rates of their own; what is sold in all of them."""
+    shops = pyro.plate("shops", 3, dim=-1)
+    with shops:
+        rate = pyro.sample("rate", dist.Gamma(PRIOR, 1.0), obs=rates)
+    price = pyro.sample("price", dist.Normal(1.0, 2.0))
+    with pyro.plate("days", len(SET), dim=-2):
+        with shops:
+            n = pyro.sample("n", dist.Poisson(rate))
+        worth = torch.stack([price, torch.tensor(1.0), torch.tensor(2.0)])
+        mean = (worth * n).sum(-1, keepdim=True)
+        pyro.sample("sold", dist.Normal(mean, 2.0), obs=sold)
+
+
+def counted():
+    """Counts of days on which the total was set, and what was sold."""
+    pyro.set_rng_seed(3)
+    truth = condition(visits, {"rate": PRIOR, "price": torch.tensor(3.0)})
+    total = {VISITS: pm.Natural(SET.unsqueeze(-1))}
+    nodes = pyro.poutine.trace(pm.macro_do(truth, total)).get_trace().nodes
+    return nodes["visits__micro"]["value"], nodes["sold"]["value"]
+
+
+@pytest.mark.slow
+def test_nuts_learns_the_rates_of_counts_from_their_shares():
+    # Given their totals, counts tell of the shares of the rates alone: a Dirichlet
+    n, _ = counted()
+    total = {VISITS: pm.Natural(SET.unsqueeze(-1), given=["rate"])}
+    model = condition(pm.macro_do(visits, total), {"visits__micro": n})
+    model = block(model, hide=["price", "sold"])
+    samples, _ = nuts(model, samples=200, warmup=80)
+    rate = samples["rate"].reshape(-1, 3)
+    share = rate / rate.sum(-1, keepdim=True)
+    wanted = dist.Dirichlet(PRIOR + n.reshape(-1, 3).sum(0))
+    size = pyro.ops.stats.effective_sample_size(share.unsqueeze(0)).clamp(max=200)
+    error = (wanted.variance / size).sqrt()
+    assert ((share.mean(0) - wanted.mean).abs() < 5 * error).all()
+    ratio = share.var(0) / wanted.variance
+    assert ((ratio - 1).abs() < 5 * (2 / size).sqrt()).all()
+    # Of their sum they tell nothing: it keeps its prior, Gamma(9, 1)
+    whole = rate.sum(-1)
+    size = pyro.ops.stats.effective_sample_size(whole[None, :, None]).clamp(max=200)
+    assert (whole.mean() - PRIOR.sum()).abs() < 5 * (PRIOR.sum() / size).sqrt()
+
+
+def test_density_of_the_rates_of_counts_is_that_of_their_shares():
+    n, _ = counted()
+    total = {VISITS: pm.Natural(SET.unsqueeze(-1), given=["rate"])}
+    for rate in (PRIOR, torch.tensor([0.3, 5.0, 2.0])):
+        data = {"visits__micro": n, "rate": rate}
+        model = condition(pm.macro_do(visits, total), data)
+        trace = pyro.poutine.trace(block(model, hide=["price", "sold"])).get_trace()
+        own = dist.Gamma(PRIOR, 1.0).log_prob(rate).sum()
+        counts = n.reshape(-1, 3)
+        law = dist.Multinomial(probs=rate / rate.sum(), validate_args=False)
+        wanted = own + law.log_prob(counts).sum()
+        torch.testing.assert_close(trace.log_prob_sum(), wanted)
+
+
+DAYS_SOLD = 3
+
+
+def posterior_of_a_price(sold):
+    """Mean and deviation, the counts of each day summed out over all splits."""
+    grid = torch.linspace(-3.0, 9.0, 1201)
+    density = dist.Normal(1.0, 2.0).log_prob(grid)
+    for total, seen in zip(SET[:DAYS_SOLD].tolist(), sold.flatten(), strict=False):
+        count = torch.arange(total + 1)
+        splits = torch.cartesian_prod(count, count)
+        splits = splits[splits.sum(-1) <= total]
+        n = torch.cat([splits, total - splits.sum(-1, keepdim=True)], -1)
+        own = dist.Multinomial(int(total), PRIOR / PRIOR.sum()).log_prob(n)
+        mean = grid.unsqueeze(-1) * n[:, 0] + n[:, 1] + 2 * n[:, 2]
+        density = density + (own + dist.Normal(mean, 2.0).log_prob(seen)).logsumexp(-1)
+    weight = density.softmax(0)
+    mean = (weight * grid).sum()
+    return mean, (weight * (grid - mean).square()).sum().sqrt()
+
+
+def priced(sold):
+    """The counts latent, and summed out in each day: they are finite on the fibre."""
+
+    def days():
+        price = pyro.sample("price", dist.Normal(1.0, 2.0))
+        worth = torch.stack([price, torch.tensor(1.0), torch.tensor(2.0)])
+        for t in range(DAYS_SOLD):
+            own = pm.MacroVariable(f"visits{t}", micro=f"n{t}", over=f"shops{t}")
+            total = {own: pm.Natural(SET[t])}
+
+            def day(t=t):
+                with pyro.plate(f"shops{t}", 3, dim=-1):
+                    return pyro.sample(f"n{t}", dist.Poisson(PRIOR))
+
+            n = pm.macro_do(day, total)()
+            mean = (worth * n).sum(-1, keepdim=True)
+            pyro.sample(f"sold{t}", dist.Normal(mean, 2.0), obs=sold[t])
+
+    return config_enumerate(days)
+
+
+def test_svi_sums_counts_out_and_finds_the_posterior_of_a_price_by_hand():
+    _, sold = counted()
+    model = priced(sold.flatten())
+    mean, deviation = posterior_of_a_price(sold)
+    guide = AutoNormal(block(model, expose=["price"]), init_scale=0.3)
+    elbo = TraceEnum_ELBO(num_particles=2, max_plate_nesting=1)
+    learn(model, guide, 120, elbo, lr=0.1)
+    assert (guide.median()["price"] - mean).abs() < 0.3 * deviation
+    assert (guide.scales.price / deviation - 1).abs() < 0.25
+
+
+@pytest.mark.slow
+def test_nuts_sums_counts_out_and_finds_the_posterior_of_a_price_by_hand():
+    _, sold = counted()
+    mean, deviation = posterior_of_a_price(sold)
+    samples, diagnostics = nuts(priced(sold.flatten()))
+    size = diagnostics["price"]["n_eff"].clamp(max=300)
+    assert (samples["price"].mean() - mean).abs() < 5 * deviation / size.sqrt()
+    ratio = samples["price"].var() / deviation.square()
+    assert (ratio - 1).abs() < 5 * (2 / size).sqrt()

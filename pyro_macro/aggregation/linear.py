@@ -62,7 +62,8 @@ class Linear(Aggregation):
     def __init__(
         self, weights: Tensor | Sequence[float] | Sequence[Sequence[float]]
     ) -> None:
-        tensor = torch.as_tensor(weights).detach().to("cpu", torch.float64).clone()
+        # Sequences straight to float64: the default dtype may not be that of the model
+        tensor = torch.as_tensor(weights, dtype=torch.float64).detach().cpu().clone()
         if tensor.dim() not in (1, 2) or tensor.numel() == 0:
             raise NotAMicroState(
                 f"Linear: weights have shape {tuple(tensor.shape)}. Expected (K,) for "

@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
-from pyro.ops.provenance import track_provenance
 from torch import Size, Tensor
 from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import Transform
 
+from pyro_macro.laws.base import MicroLaw, tolerance
 from pyro_macro.laws.covariance import (
     Covariance,
     Dense,
@@ -22,11 +21,6 @@ from pyro_macro.laws.covariance import (
     matvec,
 )
 from pyro_macro.program.noise import NoiseForm, noise_form
-
-
-def tolerance(tensor: Tensor) -> float:
-    """How far a sum may miss its value, relative to the size of its terms."""
-    return 1e3 * torch.finfo(tensor.dtype).eps
 
 
 class Fibre(constraints.Constraint):
@@ -147,7 +141,7 @@ def choose_pivots(rows: Tensor) -> Tensor:
     )
 
 
-class FibreDistribution(TorchDistribution):
+class FibreDistribution(MicroLaw):
     """A normal law moved onto a fibre: the base of those below.
 
     ``X ~ N(loc, covariance)`` is what the micro state would be, ``rows @ x = value``
@@ -160,7 +154,6 @@ class FibreDistribution(TorchDistribution):
     :param value: shape ``batch + (m,)``.
     """
 
-    arg_constraints: dict[str, Any] = {}
     has_rsample = True
 
     def __init__(
@@ -190,23 +183,17 @@ class FibreDistribution(TorchDistribution):
         new._finer = self
         return new
 
-    def caused_by(self, causes: frozenset[Any]) -> FibreDistribution:
-        """The same, with a value that Pyro sees to come from elsewhere."""
-        new = self.expand(self.batch_shape)
-        new.value = track_provenance(self.value, causes)
-        if self._finer is not None:
-            new._finer = self._finer.caused_by(causes)
-        return new
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> FibreDistribution:
-        new = type(self).__new__(type(self))
-        new.__dict__.update(self.__dict__)
-        new._batch_shape = Size(batch_shape)
-        return new
-
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> Fibre:  # type: ignore[override]
-        return Fibre(self.rows, self.value, self.pivots, law=self)
+        return self.fibre_around(self)
+
+    def fibre_around(self, law: Any) -> Fibre:
+        """The fibre, with coordinates that start where ``law`` lies."""
+        return Fibre(self.rows, self.value, self.pivots, law=law)
+
+    @property
+    def cost(self) -> str:
+        return f"{self.covariance.noise_size} random numbers a draw"
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
@@ -301,6 +288,12 @@ class NaturalNormal(FibreDistribution):
         total = log_normal(self.total, self._miss(self.loc))
         solved = torch.linalg.det(self.rows[:, self.pivots]).abs().log()
         return inside - total - solved
+
+    @property
+    def log_total(self) -> Tensor:
+        exact: Any = self._exact
+        total = log_normal(exact.total, exact._miss(exact.loc))
+        return total.expand(torch.broadcast_shapes(total.shape, self.batch_shape))
 
     def _variance(self) -> Tensor:
         explained = (self.gain @ self.total.cholesky).square().sum(-1)

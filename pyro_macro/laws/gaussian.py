@@ -6,17 +6,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import networkx as nx
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
-from pyro_macro.errors import NotAMicroState, UnsupportedLaw
+from pyro_macro.errors import NotAffine, NotAMicroState, UnsupportedLaw
 from pyro_macro.laws.covariance import Covariance, Explained
 from pyro_macro.laws.derivatives import (
     agree,
@@ -25,11 +24,10 @@ from pyro_macro.laws.derivatives import (
     covariances_by_rows,
 )
 from pyro_macro.laws.structure import Structure
-from pyro_macro.program.inner import Shared as SharedStatement
+from pyro_macro.laws.upstream import Evidence, Upstream
 from pyro_macro.program.inner import Site, unwrapped
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.noise import Noise, NoiseRun, NoiseView
-from pyro_macro.program.reading import dependence
 from pyro_macro.program.tracking import tensors_in
 
 
@@ -51,58 +49,15 @@ class GaussianLaw:
     method: str
 
 
-@dataclass(frozen=True, eq=False)
-class Evidence:
-    """Something known about the noises: an expression and the value it has.
+class GaussianProgram(Upstream):
+    """A program read as an affine function of normal noise, checked to be one."""
 
-    :ivar name: how to call it in messages.
-    :ivar of: the value of the expression in a run under noise.
-    :ivar value: its value in the real run.
-    :ivar sites: the sites that it is computed from.
-    :ivar frames: the plates that it varies along.
-    :ivar event_shape: its shape within these.
-    """
-
-    name: str
-    of: Callable[[NoiseRun], Tensor]
-    value: Tensor
-    sites: tuple[str, ...]
-    frames: tuple[Any, ...]
-    event_shape: Size
-
-
-class GaussianProgram:
-    """A program read as an affine function of normal noise, checked to be one.
-
-    :param model: the program, with its arguments.
-    :param micro: the micro sites.
-    :param until: all sites to see, micro sites among them.
-    :param shared: statements executed already.
-    :param held: values of sites that are held.
-    """
-
-    def __init__(
-        self,
-        model: tuple[Callable[..., Any], tuple, dict],
-        micro: Sequence[str],
-        until: Sequence[str],
-        shared: dict[str, SharedStatement],
-        held: Mapping[str, Tensor],
-    ) -> None:
-        self.micro, self.held = tuple(micro), held
-
-        with_gradients = torch.is_grad_enabled()
-
-        def run(probe: int) -> NoiseRun:
-            before = self.sites if probe else None
-            result = NoiseRun(until, shared, held, micro, probe, before)
-            with torch.set_grad_enabled(with_gradients or probe == 0):
-                result.run(*model)
-            return result
-
-        self._run = run
-        self.zero = run(0)
-        self.sites = self.zero.sites
+    def is_gaussian(
+        self, names: Sequence[str], given: Sequence[Evidence], what: str
+    ) -> bool:
+        """Whether all sites that the law of ``names`` involves are Gaussian."""
+        relevant, _ = self.relevant(names, given, what)
+        return not relevant & set(self.zero.opaque)
 
     def _is_differentiable(self, names: Sequence[str], given: list[Evidence]) -> bool:
         """Whether the law depends on parameters or held values that need gradients."""
@@ -110,15 +65,6 @@ class GaussianProgram:
         tensors = [probe.sites[name].value for name in names]
         tensors += [known.of(probe) for known in given]
         return any(tensor.requires_grad for tensor in tensors)
-
-    @cached_property
-    def probes(self) -> tuple[NoiseRun, NoiseRun]:
-        """Runs under large noise of both signs.
-
-        It may leave the domain of a program that is not affine; then the comparison
-        with the derivative fails, which is the answer.
-        """
-        return self._run(1), self._run(-1)
 
     def law(
         self,
@@ -226,68 +172,12 @@ class GaussianProgram:
             return torch.zeros_like(site.value)
         return form.scale
 
-    def ancestors(self, names: Sequence[str], through_held: bool = False) -> set[str]:
-        """The sites upstream of ``names``; behind a held one nothing is looked for."""
-        graph = self._graph if through_held else self._graph_below_held
-        parents = set().union(*(self.sites[name].parents for name in names))
-        return parents.union(*(nx.ancestors(graph, name) for name in parents))
-
-    @cached_property
-    def _graph(self) -> nx.DiGraph:
-        return dependence(self.sites)
-
-    @cached_property
-    def _graph_below_held(self) -> nx.DiGraph:
-        return dependence(self.sites, [n for n in self.sites if self._fixed(n)])
-
-    def latent_sources(self, names: Sequence[str]) -> set[str]:
-        """The random sites that ``names`` depend on, themselves among them."""
-        return set(names) | self._unfixed(self.ancestors(names))
-
-    def _unfixed(self, names: Iterable[str]) -> set[str]:
-        return {name for name in names if not self._fixed(name)}
-
-    def _fixed(self, name: str) -> bool:
-        return name in self.held or self.sites[name].observed
-
-    def refuse_paths(self, names: Sequence[str], what: str) -> None:
-        """An error if one of the sites is upstream of another (Assumption 1)."""
-        for name in names:
-            above = self.ancestors([name], through_held=True) & set(names)
-            if above:
-                raise NotAMicroState(
-                    f"{what}: there is a directed path from {min(above)!r} to "
-                    f"{name!r}, both aggregated. Assumption 1 of the paper excludes "
-                    "that: an intervention on the total would act on its own parts. "
-                    "Aggregate the two in separate macro-variables."
-                )
-
     def _relevant(
         self, names: Sequence[str], given: Sequence[Evidence], what: str
     ) -> tuple[set[str], list[Evidence]]:
         """The sites whose noise matters, and what is known about these noises."""
         zero = self.zero
-        relevant = self.latent_sources(names)
-        # An observed site that the micro state depends on is known, as a held one is.
-        # Other observations are no part of P(X | pi(X)) unless they are given.
-        upstream = self.ancestors(names)
-        candidates = list(given) + [
-            self._held_evidence(name)
-            for name in self.sites
-            if name in self.held or (self.sites[name].observed and name in upstream)
-        ]
-        kept: list[Evidence] = []
-        changed = True
-        while changed:
-            changed = False
-            for known in list(candidates):
-                above = self._unfixed(self.latent_sources(known.sites))
-                if above & relevant:
-                    self._refuse_weighted(known, what)
-                    kept.append(known)
-                    candidates.remove(known)
-                    relevant |= above | set(known.sites)
-                    changed = True
+        relevant, kept = self.relevant(names, given, what)
         self._refuse_tracing(relevant, names, what)
         self._refuse_kinks(relevant, what)
         for name in sorted(relevant & set(zero.opaque)):
@@ -298,12 +188,12 @@ class GaussianProgram:
                     "law of a total is known here for jointly affine-Gaussian "
                     "programs. Use Allocate or Explicit, which need no such law."
                 )
-            if self._fixed(name):
+            if self.is_fixed(name):
                 raise UnsupportedLaw(
                     f"{what}: site {name!r} is held at its value, but it is {law} and "
                     "depends on latent sites that also act on the micro state, so that "
                     f"what it says about them is no Gaussian. Hold its parents too: "
-                    f"given=[{name!r}, {', '.join(map(repr, self._latent(name)))}]."
+                    f"given={[name, *self.latent_parents(name)]}."
                 )
             raise UnsupportedLaw(
                 f"{what}: the micro state depends on {name!r}, which is {law}, not "
@@ -311,15 +201,6 @@ class GaussianProgram:
                 f"Gaussian. Hold {name!r} at its value: given=[{name!r}]."
             )
         return relevant, kept
-
-    def _refuse_weighted(self, known: Evidence, what: str) -> None:
-        site = self.sites.get(known.name)
-        if site is not None and site.observed and not site.known:
-            raise UnsupportedLaw(
-                f"{what}: the micro state depends on {known.name!r}, which is "
-                "observed, but masked out or weighted: it is open what it tells of "
-                f"{self._latent(known.name)}. Hold these too, with given=[...]."
-            )
 
     def _refuse_tracing(
         self, relevant: set[str], names: Sequence[str], what: str
@@ -337,26 +218,12 @@ class GaussianProgram:
     def _refuse_kinks(self, relevant: set[str], what: str) -> None:
         for name in sorted(relevant):
             if self.sites[name].kinks:
-                raise UnsupportedLaw(
+                raise NotAffine(
                     f"{what}: the program is not jointly affine-Gaussian: {name!r} is "
                     f"computed with {sorted(self.sites[name].kinks)} from random sites "
-                    f"({self._latent(name) or 'its ancestors'}). Hold these with "
-                    "given=[...], or write the model without."
+                    f"({self.latent_parents(name) or 'its ancestors'}). Hold these "
+                    "with given=[...], or write the model without."
                 )
-
-    def _latent(self, name: str) -> list[str]:
-        return sorted(self._unfixed(self.sites[name].parents))
-
-    def _held_evidence(self, name: str) -> Evidence:
-        site = self.sites[name]
-        return Evidence(
-            name=name,
-            of=lambda run: run.expressions[name],
-            value=site.value,
-            sites=(name,),
-            frames=site.frames,
-            event_shape=site.event_shape,
-        )
 
     def _check(self, layout: Layout, view: NoiseView, scale: Tensor, what: str) -> None:
         """The derivative at zero has to predict two runs under large noise."""
@@ -370,7 +237,7 @@ class GaussianProgram:
                 move = scale * layout.stack(own)
             found = layout.stack({n: probe.sites[n].value for n in layout.names})
             if not self._predicts(view, probe, found, layout.names, move):
-                raise UnsupportedLaw(
+                raise NotAffine(
                     f"{what}: the program is not jointly affine-Gaussian: with larger "
                     "noise, the micro state is not where its derivative says (a "
                     "product of random sites, a scale that varies, a kink, or numbers "
@@ -447,7 +314,7 @@ class GaussianProgram:
         for probe in self.probes:
             found = stack(partial(_expression, probe))
             if not self._predicts(rows, probe, found, layout.names):
-                raise UnsupportedLaw(
+                raise NotAffine(
                     f"{what}: what is given ({[e.name for e in evidence]}) is not an "
                     "affine function of normal noise. Hold the sites that make it so."
                 )

@@ -5,25 +5,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_macro.errors import UnsupportedLaw
+from pyro_macro.laws.base import MicroLaw
 from pyro_macro.program.layout import Layout
 
 
-class StackedSites(TorchDistribution):
+class StackedSites(MicroLaw):
     """The own distributions of several sites, stacked into one micro state.
 
     :param parts: the distribution of each site, by name, expanded by its plates.
     :param layout: the order of the elements.
     """
 
-    arg_constraints: dict[str, Any] = {}
+    method = "exact: the sites' own laws"
 
     def __init__(self, parts: dict[str, Any], layout: Layout) -> None:
         self.parts, self.layout = parts, layout
@@ -49,19 +50,24 @@ class StackedSites(TorchDistribution):
     def has_rsample(self) -> bool:  # type: ignore[override]
         return all(part.has_rsample for part in self.parts.values())
 
-    def expand(self, batch_shape: Any, _instance: Any = None) -> StackedSites:
-        new = type(self).__new__(type(self))
-        new.__dict__.update(self.__dict__)
-        new._batch_shape = Size(batch_shape)
-        return new
-
     def _draws(self, sample_shape: Any, method: str) -> Tensor:
-        shape = Size(sample_shape) + self.batch_shape
+        missing = self._missing(len(self.batch_shape))
+        ahead = Size(sample_shape)
+        shape = ahead + Size([1] * missing if ahead else []) + self.batch_shape
         values = {}
         for name, part in self.parts.items():
             full = torch.broadcast_shapes(shape, part.batch_shape)
             values[name] = getattr(part.expand(full), method)()
-        return self.layout.stack(values)
+        stacked = self.layout.stack(values)
+        return (
+            stacked.reshape(ahead + stacked.shape[len(ahead) + missing :])
+            if (ahead and missing)
+            else stacked
+        )
+
+    def _missing(self, depth: int) -> int:
+        """How many dimensions of plates in the vector lie left of the batch."""
+        return max(0, _depth(self.layout) - depth)
 
     def sample(self, sample_shape: Any = Size()) -> Tensor:
         with torch.no_grad():
@@ -72,10 +78,17 @@ class StackedSites(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         total: Any = 0.0
+        ahead = value.dim() - 1 - len(self.batch_shape)
+        missing = self._missing(len(self.batch_shape)) if ahead > 0 else 0
+        if missing:
+            ones = (1,) * missing
+            value = value.reshape(value.shape[:ahead] + ones + value.shape[ahead:])
         for name, state in self.layout.unstack(value).items():
             part = self.parts[name].log_prob(state)
             dims = [d for d in self._over[name] if -d <= part.dim()]
             total = total + (part.sum(dims, keepdim=True) if dims else part)
+        if missing:
+            return total.reshape(total.shape[:ahead] + total.shape[ahead + missing :])
         shape = torch.broadcast_shapes(total.shape, self.batch_shape)
         while total.dim() > len(shape):
             total = total.squeeze(0)
@@ -88,14 +101,10 @@ class StackedSites(TorchDistribution):
             support = part.support
             while isinstance(support, constraints.independent):
                 support = support.base_constraint
-            if (
-                support.is_discrete
-                or support.event_dim > 1
-                or (support.event_dim and support is not constraints.real_vector)
-            ):
+            if support.event_dim and support is not constraints.real_vector:
                 raise UnsupportedLaw(
-                    f"site {name!r} has support {support}. Expected a continuous one "
-                    "without constraints between its elements."
+                    f"site {name!r} has support {support}. Expected one without "
+                    "constraints between its elements."
                 )
             supports.append(support)
         if all(s in (constraints.real, constraints.real_vector) for s in supports):
@@ -106,3 +115,33 @@ class StackedSites(TorchDistribution):
         return constraints.independent(
             constraints.cat(supports, dim=-1, lengths=self.layout.sizes), 1
         )
+
+
+def _depth(layout: Layout) -> int:
+    """The number of dimensions that the plates of a micro state take."""
+    dims = [dim for over in layout.over_plates for dim, _ in over] + list(layout.batch)
+    return max((-dim for dim in dims), default=0)
+
+
+def elementwise(
+    layout: Layout,
+    parts: Mapping[str, Any],
+    of: Callable[[Any, Tensor], Tensor],
+    vector: Tensor,
+    batch_dims: int,
+) -> Tensor:
+    """A function of each element's distribution and value, stacked.
+
+    :param parts: distributions of single elements, by site.
+    :param of: from a distribution and values to numbers, of the same shape.
+    :param vector: micro states, of any sample shape.
+    :param batch_dims: how many of the dimensions belong to the batch.
+    """
+    ahead = vector.dim() - 1 - batch_dims
+    missing = max(0, _depth(layout) - batch_dims) if ahead > 0 else 0
+    shape = vector.shape[:ahead] + (1,) * missing + vector.shape[ahead:]
+    states = layout.unstack(vector.reshape(shape) if missing else vector)
+    stacked = layout.stack({name: of(parts[name], states[name]) for name in parts})
+    if not missing:
+        return stacked
+    return stacked.reshape(stacked.shape[:ahead] + stacked.shape[ahead + missing :])

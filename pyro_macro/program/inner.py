@@ -15,7 +15,8 @@ value.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Collection, Iterator
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,7 +29,7 @@ from pyro.distributions.torch_distribution import (
 )
 from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
+from pyro.poutine.runtime import Message, apply_stack
 from pyro.poutine.util import (
     is_validation_enabled,
     site_is_factor,
@@ -120,10 +121,10 @@ class Shared:
     outside: dict[int, int] = field(default_factory=dict)
 
 
-class _Halt(BaseException):
+class Halt(BaseException):
     """Unwinds an inner run that has seen enough; no model should catch it."""
 
-    def __init__(self, run: InnerRun) -> None:
+    def __init__(self, run: Any) -> None:
         super().__init__()
         self.run = run
 
@@ -293,7 +294,7 @@ class InnerRun(Messenger):
             try:
                 with self.tracker:
                     model(*args, **kwargs)
-            except _Halt as halt:
+            except Halt as halt:
                 if halt.run is not self:  # that of a run around this one
                     raise
 
@@ -361,12 +362,14 @@ class InnerRun(Messenger):
         if self.missing is not None:
             self.missing.discard(site.name)
             if not self.missing:
-                raise _Halt(self)
+                raise Halt(self)
 
 
 def _outside(msg: Message, site: Site | None) -> dict[int, int]:
     value = msg["value"]
-    if site is None:  # a parameter, or one that `poutine.lift` made random
+    if msg["type"] == "param" or site_is_subsample(msg):
+        return {}
+    if site is None:  # a parameter that `poutine.lift` made random
         return {f.dim: f.size for f in msg["cond_indep_stack"] if f.dim is not None}
     if not isinstance(value, torch.Tensor):
         return {}
@@ -387,16 +390,57 @@ def replay(msg: Message, shared: Shared) -> None:
     msg["stop"] = True
 
 
-def same_parameters(one: Any, other: Any) -> bool:
-    """Whether two distributions, of one site in two runs, have the same parameters."""
+def same_parameters(one: Any, other: Any, seen: Collection[int] = ()) -> bool:
+    """Whether two distributions, of one site in two runs, have the same parameters.
+
+    :param seen: what was visited already.
+    """
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.shape == other.shape and torch.equal(one, other)
     if type(one) is not type(other):
         return False
     if isinstance(one, (torch.distributions.Distribution, Transform)):
-        mine, yours = vars(one), vars(other)
-        shared = mine.keys() & yours.keys()
-        return all(same_parameters(mine[key], yours[key]) for key in shared)
+        if id(one) in seen:
+            return True
+        seen, mine, yours = {*seen, id(one)}, vars(one), vars(other)
+        # Not what is computed on demand: caches, and the weak link to an inverse
+        shared = [
+            key
+            for key in mine.keys() & yours.keys()
+            if not key.startswith("_cached")
+            and not any(isinstance(v[key], weakref.ref) for v in (mine, yours))
+        ]
+        return all(same_parameters(mine[key], yours[key], seen) for key in shared)
     if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same_parameters, one, other))
+        pairs = zip(one, other, strict=False)
+        return len(one) == len(other) and all(
+            same_parameters(a, b, seen) for a, b in pairs
+        )
     return True
+
+
+def as_program(sites: Iterable[Site]) -> Callable[[], None]:
+    """The program that consists of some sites, as they were met."""
+
+    def program() -> None:
+        for site in sites:
+            apply_stack(
+                Message(
+                    type="sample",
+                    name=site.name,
+                    fn=site.fn,
+                    is_observed=False,
+                    args=(),
+                    kwargs={},
+                    value=None,
+                    infer={},
+                    scale=1.0,
+                    mask=None,
+                    cond_indep_stack=site.frames,
+                    done=False,
+                    stop=False,
+                    continuation=None,
+                )
+            )
+
+    return program

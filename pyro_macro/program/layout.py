@@ -146,6 +146,26 @@ class Layout:
             values[name] = part.reshape(shape)
         return values
 
+    def places(self, finer: Layout) -> tuple[Tensor, Tensor]:
+        """Where the elements lie in a layout of more plates.
+
+        :param finer: the same sites, with some plates that stay here as part of the
+            vector; the places along these are slots, row by row.
+        :returns: for each element of the other vector, which element it is here, and
+            of which slot.
+        """
+        sizes = {f.dim: f.size for f in self.frames if f.name in finer.over}
+        shape = Size(sizes.get(dim, 1) for dim in range(-len(self.batch_shape), 0))
+        elements = torch.arange(self.size)
+        slots = torch.arange(shape.numel()).reshape(shape)
+        slots = slots.unsqueeze(-1).expand(shape + (self.size,))
+
+        def moved(vector: Tensor) -> Tensor:
+            stacked = finer.stack(self.unstack(vector))
+            return stacked.reshape(-1, stacked.shape[-1])[0]
+
+        return moved(elements), moved(slots)
+
     def describe(self) -> str:
         """The elements in words, for messages."""
         return ", ".join(

@@ -143,18 +143,25 @@ class Tracker(TorchFunctionMode):
         return found
 
 
-def tensors_in(thing: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a distribution, a container or a tensor is made of."""
+def tensors_in(thing: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
+    """The tensors that a distribution, a container or a tensor is made of.
+
+    :param seen: what was visited already: a transform and its inverse hold each other.
+    """
     if isinstance(thing, torch.Tensor):
         yield thing
         return
+    seen = set() if seen is None else seen
     if isinstance(thing, (Distribution, Transform)):
+        if id(thing) in seen:
+            return
+        seen.add(id(thing))
         thing = vars(thing)
     if isinstance(thing, dict):
         thing = thing.values()
     if isinstance(thing, (tuple, list, set, frozenset, ValuesView)):
         for part in thing:
-            yield from tensors_in(part)
+            yield from tensors_in(part, seen)
 
 
 def _is_discrete(result: Any) -> bool:

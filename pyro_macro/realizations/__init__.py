@@ -6,6 +6,7 @@
 from pyro_macro.realizations.allocate import Allocate
 from pyro_macro.realizations.base import MicroState, Realization, Realized
 from pyro_macro.realizations.explicit import Explicit
+from pyro_macro.realizations.maxentropy import MaxEntropy
 from pyro_macro.realizations.natural import Natural
 from pyro_macro.realizations.proportional import Proportional
 from pyro_macro.realizations.residual import Residual
@@ -14,6 +15,7 @@ from pyro_macro.realizations.shift import Shift
 __all__ = [
     "Allocate",
     "Explicit",
+    "MaxEntropy",
     "MicroState",
     "Natural",
     "Proportional",

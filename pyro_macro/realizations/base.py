@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from pyro_macro.errors import NotAMicroState, OffFibre, PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.fibre import choose_pivots
-from pyro_macro.laws.gaussian import Evidence, GaussianLaw, GaussianProgram
+from pyro_macro.laws.gaussian import GaussianLaw, GaussianProgram
+from pyro_macro.laws.upstream import Evidence
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import Shared, Site
 from pyro_macro.program.layout import Layout
@@ -55,18 +55,22 @@ def _refuse_weighted_apart(what: str, sites: Sequence[Site]) -> None:
                 )
 
 
-def refuse_injective(what: str, macro: MacroVariable, state: Tensor) -> None:
+def refuse_injective(
+    what: str, macro: MacroVariable, state: Tensor, layout: Layout
+) -> None:
     """An error if the map is injective on micro states like this one."""
-    rows = macro.aggregation.weights(state)
-    if rows is not None and rows.shape[0] >= rows.shape[1]:
+    if macro.aggregation.is_injective(state):
+        plates = [f.name for f in layout.frames if f.vectorized]
+        hint = "".join(f" To sum over {p!r}, say over={p!r}." for p in plates[-1:])
         raise NotAMicroState(
-            f"{what}: the map is injective on a micro state of {rows.shape[1]} "
+            f"{what}: the map is injective on a micro state of {state.shape[-1]} "
             "element(s), so that nothing is aggregated (Definition 2). Aggregate more "
             "sites, an event dimension or a plate (`over`), or use the site itself."
+            + hint
         )
 
 
-def _common(values: Sequence[Tensor]) -> Tensor:
+def common(values: Sequence[Tensor]) -> Tensor:
     """An empty tensor of the dtype and device that stacked values have."""
     dtype = values[0].dtype
     for value in values[1:]:
@@ -116,11 +120,20 @@ class MicroState:
         self.sites = sites
         self._shared = shared
         self.layout = Layout([sites[n] for n in macro.micro], macro.over, self.what)
+        if self.layout.size == 0:
+            raise NotAMicroState(
+                f"{self.what}: its micro state has 0 elements "
+                f"({self.layout.describe()}). Expected sites with some."
+            )
+        aggregation = macro.aggregation.within(self.layout)
+        if aggregation is not macro.aggregation:
+            self.macro = MacroVariable(macro.name, macro.micro, macro.over, aggregation)
         micro = [sites[name] for name in macro.micro]
         refuse_subsampled(self.what, macro, micro)
         _refuse_weighted_apart(self.what, micro)
-        self.like = _common([sites[name].value for name in macro.micro])
-        refuse_injective(self.what, macro, self.like.new_zeros(self.layout.size))
+        self.like = common([sites[name].value for name in macro.micro])
+        state = self.like.new_zeros(self.layout.size)
+        refuse_injective(self.what, self.macro, state, self.layout)
 
     @property
     def what(self) -> str:
@@ -157,6 +170,15 @@ class MicroState:
         return self.program.law(
             self.macro.micro, self.macro.over, self.what, self.given
         )
+
+    def is_gaussian(self) -> bool:
+        """Whether all sites that the law involves are Gaussian."""
+        return self.program.is_gaussian(self.macro.micro, self.given, self.what)
+
+    def stands_alone(self) -> bool:
+        """Whether the micro sites depend on nothing that is random in the run."""
+        relevant, known = self.program.relevant(self.macro.micro, self.given, self.what)
+        return not known and relevant == set(self.macro.micro)
 
     def tensor(self, number: Any, role: str, event_dim: int | None = None) -> Tensor:
         """A macro value as a tensor that broadcasts against the plates that stay.
@@ -271,19 +293,8 @@ class MicroState:
 
     def _places(self, law: GaussianLaw) -> tuple[Tensor, Tensor]:
         """For each element of the law's vector: its element here, and its slot."""
-        base = self.layout
-        sizes = {f.dim: f.size for f in base.frames if f.name in law.joint}
-        depth = len(base.batch_shape)
-        shape = Size(sizes.get(dim, 1) for dim in range(-depth, 0))
-        elements = torch.arange(base.size, device=self.like.device)
-        slots = torch.arange(math.prod(shape), device=self.like.device).reshape(shape)
-        slots = slots.unsqueeze(-1).expand(shape + (base.size,))
-
-        def moved(vector: Tensor) -> Tensor:
-            stacked = law.layout.stack(base.unstack(vector))
-            return stacked.reshape(-1, stacked.shape[-1])[0]
-
-        return moved(elements), moved(slots)
+        elements, slots = self.layout.places(law.layout)
+        return elements.to(self.like.device), slots.to(self.like.device)
 
 
 Given = str | MacroVariable | Sequence[str | MacroVariable]
@@ -329,3 +340,18 @@ class Realization(ABC):
     def macro_value(self, state: MicroState) -> Tensor | None:
         """The macro value that is set; ``None`` if it follows from the micro state."""
         return state.tensor(self.value, "value")  # type: ignore[attr-defined]
+
+    def joined(
+        self, others: Sequence[tuple[MacroVariable, Realization]]
+    ) -> Realization:
+        """One realization of several macro-variables that share micro sites.
+
+        :param others: all of them, this one first, with what they are set to.
+        :raises PyroMacroError: if there is no such thing.
+        """
+        first, second = others[0][0], others[1][0]
+        shared = sorted(set(first.micro) & set(second.micro))
+        raise PyroMacroError(
+            f"macro_do: micro site {shared[0]!r} belongs to both {first.name!r} and "
+            f"{second.name!r}. Expected disjoint micro sites, or Natural for both."
+        )

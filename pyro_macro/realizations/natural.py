@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from pyro_macro.laws.fibre import NaturalNormal
+from pyro_macro.laws.flow import Flow
+from pyro_macro.laws.sampled import Chains
+from pyro_macro.macro import MacroVariable
 from pyro_macro.realizations.base import (
     Given,
     MicroState,
     Realization,
     Realized,
 )
+from pyro_macro.realizations.search import natural_law
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +35,22 @@ class Natural(Realization):
     value in the run: ``P(X | value, b)`` (Lemma 11, Theorem 4.1). Parameters and their
     priors belong there.
 
-    The law is exact for jointly affine-Gaussian programs, and refused for others.
+    The law is, in this order: that of a closed family (Poisson, gamma, binomial,
+    negative binomial, Gaussian sites); that of a jointly affine-Gaussian program; that
+    of sites of finite support; of the largest or smallest of independent sites; a
+    mixture of these, over latent sites of finite support; and otherwise, for
+    continuous sites, draws by NUTS on the fibre. All but the last are exact, and
+    ``macro_do(...).describe()`` says which it is.
 
     :param value: the macro value: a number, or a tensor that broadcasts against the
         plates that stay (with one more dimension for a vector of macro values).
     :param given: a site or macro-variable, or several. An observed site that the
         micro state depends on is held too; other observations count only if given.
-    :raises UnsupportedLaw: when it is used on a program whose law is not Gaussian.
+    :param sampler: how to sample where no exact law is known: :class:`Chains`, whose
+        draws are kept for the next run, or :class:`Flow`, fitted once for a range of
+        macro values.
+    :raises Infeasible: if no micro state has the macro value.
+    :raises UnsupportedLaw: if there is no way to the law.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
     >>> def shop():
@@ -51,10 +66,31 @@ class Natural(Realization):
 
     value: float | Tensor
     given: Given = ()
+    sampler: Chains | Flow = Chains()
     draws_own_law = True
+    _store: ClassVar[dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "_store", {})  # of draws, by what they depend on
+
+    def joined(
+        self, others: Sequence[tuple[MacroVariable, Realization]]
+    ) -> Realization:
+        for macro, realization in others[1:]:
+            same = isinstance(realization, Natural) and macro.over == others[0][0].over
+            mine: Any = self.given
+            if not same or set(realization.given) != set(mine):
+                return super().joined([others[0], (macro, realization)])
+        values = []
+        for macro, realization in others:
+            value = torch.as_tensor(realization.value)  # type: ignore[attr-defined]
+            value = value if value.is_floating_point() else value.float()
+            values.append(value if macro.aggregation.event_dim else value.unsqueeze(-1))
+        batch = torch.broadcast_shapes(*(v.shape[:-1] for v in values))
+        whole = torch.cat([v.expand(batch + v.shape[-1:]) for v in values], -1)
+        return Natural(whole, self.given, self.sampler)
 
     def realize(self, state: MicroState) -> Realized:
-        law = state.gaussian()
-        rows, value, pivots = state.fibre(law, state.tensor(self.value, "value"))
-        micro = NaturalNormal(law.loc, law.covariance, rows, value, pivots)
-        return Realized(micro.to(state.like.dtype), law.layout)
+        value = state.tensor(self.value, "value")
+        return natural_law(state, value, self.sampler, self._store)

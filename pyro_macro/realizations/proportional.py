@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pyro_macro.errors import OffFibre
 from pyro_macro.laws.product import StackedSites
 from pyro_macro.realizations.base import MicroState, Realization, Realized
 
@@ -43,6 +44,13 @@ class Proportional(Realization):
         parts = {name: state.sites[name].fn for name in state.macro.micro}
 
         def rescale(natural: Tensor) -> Tensor:
-            return natural * (value / (natural @ rows.mT))
+            natural = natural.to(rows)
+            total = natural @ rows.mT
+            if bool((total == 0).any()):
+                raise OffFibre(
+                    f"{state.what}: its natural value is zero in this run, which no "
+                    "factor takes to another. Use Natural, Shift or Allocate."
+                )
+            return natural * (value / total)
 
         return Realized(StackedSites(parts, state.layout), state.layout, rescale)

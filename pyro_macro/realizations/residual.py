@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from pyro_macro.errors import PyroMacroError, UnknownSite
+from pyro_macro.laws.elements import elements_of
 from pyro_macro.laws.fibre import ResidualNormal
+from pyro_macro.laws.rest import ResidualSites
 from pyro_macro.realizations.base import (
     Given,
     MicroState,
@@ -25,7 +27,8 @@ class Residual(Realization):
     """All elements but one follow their own law; that one takes up the rest.
 
     Shop B of the paper, equation (3). Their own law is that of the program with the
-    ancestors integrated out.
+    ancestors integrated out, exact for jointly affine-Gaussian programs; sites of
+    other kinds must not depend on random sites that are not given.
 
     :param value: the macro value.
     :param absorb: what takes up the rest: the name of a site with one element, or the
@@ -33,7 +36,8 @@ class Residual(Realization):
         values: ``m`` of these.
     :param given: sites or macro-variables held at their value in the run, as for
         :class:`~pyro_macro.Natural`; parameters and their priors belong there.
-    :raises UnsupportedLaw: when it is used on a program whose law is not Gaussian.
+    :raises UnsupportedLaw: when the law of the others is not known.
+    :raises OffFibre: when the rest lies off the support of the site that takes it.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
     >>> def shop():
@@ -64,8 +68,31 @@ class Residual(Realization):
             )
 
     def realize(self, state: MicroState) -> Realized:
+        value = state.tensor(self.value, "value")
+        indices = self._indices(state)
+        if not state.is_gaussian() and state.stands_alone() and len(indices) == 1:
+            return self._of_sites(state, value, indices[0])
         law = state.gaussian()
-        rows, value, pivots = state.fibre(law, state.tensor(self.value, "value"))
+        rows, value, pivots = state.fibre(law, value)
+        places = torch.stack([state.place(law, index) for index in indices], -1)
+        micro = ResidualNormal(
+            law.loc, law.covariance, rows, value, pivots, absorb=places.flatten()
+        )
+        micro.method = law.method
+        return Realized(micro.to(state.like.dtype), law.layout)
+
+    def _of_sites(self, state: MicroState, value: Tensor, absorb: int) -> Realized:
+        """Sites of any kind, that depend on nothing random."""
+        state.program.refuse_unseen(state.what)
+        parts = {name: state.program.sites[name].fn for name in state.macro.micro}
+        value = value.squeeze(-1) if state.macro.aggregation.event_dim else value
+        elements = elements_of(state.program.sites, state.layout, state.what)
+        weights = state.rows[0]
+        law = ResidualSites(parts, state.layout, elements, weights, value, absorb)
+        return Realized(law, state.layout)
+
+    def _indices(self, state: MicroState) -> list[int]:
+        """The elements that take up the rest, one for each macro value."""
         single = isinstance(self.absorb, (str, int))
         names: Any = [self.absorb] if single else self.absorb
         indices = [self._index(name, state) for name in names]
@@ -80,11 +107,7 @@ class Residual(Realization):
                 f"{state.what}: absorb={self.absorb!r} cannot take up the rest, its "
                 "weight in the macro value is zero. Name an element that counts."
             )
-        places = torch.stack([state.place(law, index) for index in indices], -1)
-        micro = ResidualNormal(
-            law.loc, law.covariance, rows, value, pivots, absorb=places.flatten()
-        )
-        return Realized(micro.to(state.like.dtype), law.layout)
+        return indices
 
     def _index(self, name: str | int, state: MicroState) -> int:
         layout = state.layout

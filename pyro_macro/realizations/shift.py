@@ -6,11 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from pyro_macro.errors import PyroMacroError
+from pyro_macro.errors import PyroMacroError, UnsupportedLaw
+from pyro_macro.laws.elements import variance_of
 from pyro_macro.laws.fibre import NaturalNormal
 from pyro_macro.laws.product import StackedSites
+from pyro_macro.program.inner import unwrapped
 from pyro_macro.realizations.base import (
     Given,
     MicroState,
@@ -44,8 +47,9 @@ class Shift(Realization):
     >>> shifted = pm.macro_do(shop, {sales: pm.Shift(5.0)})
     >>> nodes = pyro.poutine.trace(shifted).get_trace().nodes
     >>> natural = nodes["sales__micro"]["value"]
-    >>> nodes["x1"]["value"] - natural[0], nodes["x2"]["value"] - natural[1]
-    (tensor(4.), tensor(1.))
+    >>> moved = torch.stack([nodes["x1"]["value"], nodes["x2"]["value"]]) - natural
+    >>> moved.round(decimals=3)
+    tensor([4., 1.])
     """
 
     delta: float | Tensor
@@ -72,6 +76,8 @@ class Shift(Realization):
                 f"{state.what}: a vector of macro values has no single direction to "
                 "shift along. Shift one macro-variable for each row."
             )
+        if self.along is None and not state.is_gaussian() and state.stands_alone():
+            return delta.unsqueeze(-1) * self._by_variance(state)
         if self.along is None:
             law = state.gaussian()
             rows, moved, pivots = state.fibre(law, delta)
@@ -80,3 +86,21 @@ class Shift(Realization):
             return state.layout.stack(law.layout.unstack(step)).to(state.like)
         along = state.unit_state(self.along, "along has")
         return delta.unsqueeze(-1) * along
+
+    @staticmethod
+    def _by_variance(state: MicroState) -> Tensor:
+        """``Cov(X, Xb) / Var(Xb)`` of independent sites."""
+        state.program.refuse_unseen(state.what)
+        parts = {}
+        for name in state.macro.micro:
+            site = state.program.sites[name]
+            own = variance_of(unwrapped(site.fn))
+            parts[name] = own + torch.zeros_like(site.value, dtype=own.dtype)
+        weighted = state.layout.stack(parts).to(state.like) * state.rows[0]
+        total = (weighted * state.rows[0]).sum(-1, keepdim=True)
+        if not bool((total.isfinite() & (total > 0)).all()):
+            raise UnsupportedLaw(
+                f"{state.what}: its variance is {total.flatten()[0].item()}, so that "
+                "there is no natural direction. State one: Shift(delta, along=...)."
+            )
+        return weighted / total

@@ -215,8 +215,20 @@ def test_two_macro_do_in_one_handler_may_hold_one_another(order):
     assert_same_program(model, by_hand, macros=BOTH)
 
 
-def test_two_macro_do_in_one_handler_that_are_dependent_are_refused():
+def test_two_macro_do_in_one_handler_that_are_dependent_have_their_joint_law():
     model = pm.macro_do(stores, {A: pm.Natural(5.0), B: pm.Natural(6.0)})
+    mean, cov = given_total(*stores_law(), [A_ROW, B_ROW], [5.0, 6.0])
+    nodes = poutine.trace(model).get_trace().nodes
+    found = sum(
+        nodes[n]["fn"].log_prob(nodes[n]["value"]) for n in ("A__micro", "B__micro")
+    )
+    free = torch.stack([nodes["a1"]["value"], nodes["b1"]["value"]])
+    law = dist.MultivariateNormal(mean[[0, 2]], cov[[0, 2]][:, [0, 2]])
+    assert torch.isclose(found, law.log_prob(free))
+
+
+def test_two_macro_do_in_one_handler_that_are_dependent_need_a_joint_law():
+    model = pm.macro_do(stores, {A: pm.Natural(5.0), B: pm.Residual(6.0, "b1")})
     with pytest.raises(pm.UnsupportedLaw, match="'A' and 'B' are dependent.*'z'"):
         model()
 
@@ -354,7 +366,20 @@ def test_two_macro_do_on_the_same_variable_are_an_error(do):
 
 def test_two_macro_do_on_a_shared_site_in_one_handler_are_an_error_that_names_it(do):
     with pytest.raises(pm.PyroMacroError, match="'x2' belongs to both"):
-        do(shop, {**NATURAL, OVERLAP: pm.Natural(5.0)})()
+        do(shop, {**NATURAL, OVERLAP: pm.Allocate(5.0, [1.0, 0.0])})()
+
+
+def test_two_macro_do_on_a_shared_site_in_one_handler_have_their_joint_law(do):
+    nodes = poutine.trace(do(shop, {**NATURAL, OVERLAP: pm.Natural(25.0)})).get_trace()
+    law = nodes.nodes["sales_overlap__micro"]["fn"]
+    # x1, x2, w with x1 + x2 = 33 and x2 + w = 25
+    mean, cov = given_total(
+        torch.tensor([10.0, 20.0, 1.0]),
+        torch.diag(torch.tensor([4.0, 1.0, 9.0])),
+        [[1.0, 1.0, 0.0], [0.0, 1.0, 1.0]],
+        [33.0, 25.0],
+    )
+    assert torch.allclose(law.mean, mean) and torch.allclose(law.covariance_matrix, cov)
 
 
 def test_two_macro_do_of_one_name_in_one_handler_are_an_error(do):

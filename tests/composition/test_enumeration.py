@@ -266,9 +266,24 @@ def test_given_site_that_is_enumerated_has_the_gradients_by_hand(do, where):
         torch.testing.assert_close(found, wanted)
 
 
-def test_discrete_cause_that_is_not_given_is_refused_and_named(where):
-    with pytest.raises(pm.UnsupportedLaw, match="'c'.*given=.'c'."):
-        loss(enumerated(where, pm.macro_do, mixture, NATURAL))
+def test_discrete_cause_that_is_not_given_is_summed_out_of_the_law(where):
+    """Cut off from the micro state, the cause is enumerated for what is downstream."""
+    x1, x2 = POINT
+    rows = []
+    for c in range(2):
+        v1, v2 = SCALE1[c] ** 2, SCALE2[c] ** 2
+        total = normal(LOC1[c] + LOC2[c], (v1 + v2) ** 0.5)
+        prior = torch.tensor(WEIGHTS[c]).log()
+        rows.append(prior + total.log_prob(torch.tensor(33.0)))
+    share = torch.stack(rows).log_softmax(0)
+    law = share + torch.stack([given_c(c).log_prob(torch.tensor(x1)) for c in range(2)])
+    seen = normal(x1 + 3 * x2 + torch.tensor(EFFECT), 0.5).log_prob(torch.tensor(Y))
+    wanted = law.logsumexp(0) + (torch.tensor(WEIGHTS).log() + seen).logsumexp(0)
+    found = -loss(enumerated(where, pm.macro_do, mixture, NATURAL))
+    torch.testing.assert_close(found, wanted)
+    # Held, it is another model
+    held = -loss(enumerated(where, pm.macro_do, mixture, GIVEN_C))
+    assert (held - found).abs() > 0.01
 
 
 def test_inferred_discrete_site_is_one_of_the_posterior(do, where):
@@ -443,9 +458,21 @@ def test_given_markov_chain_out_of_scope_is_an_error_that_names_the_site(loops, 
         loss(pm.macro_do(model, given), guide)
 
 
-def test_markov_chain_is_not_integrated_out_silently():
-    with pytest.raises(pm.UnsupportedLaw, match="given="):
-        loss(pm.macro_do(hidden(2.0), {TOTAL: pm.Natural(33.0)}), state_guide)
+def test_markov_chain_that_acts_on_the_parts_is_summed_out_of_their_law():
+    x, steps = torch.tensor(STATE), torch.arange(3.0)
+    scale = 1.0 + steps
+    joint, total, seen = [], [], []
+    for path in paths(3):
+        prior, states = path_prior(path), torch.tensor(path)
+        loc = 10 + steps + 2.0 * states
+        sums = dist.Normal(loc.sum(), scale.square().sum().sqrt())
+        joint.append(prior + dist.Normal(loc, scale).log_prob(x).sum())
+        total.append(prior + sums.log_prob(x.sum()))
+        watched = normal(2 * x + torch.tensor(EFFECT)[states], 3.0)
+        seen.append(prior + watched.log_prob(torch.tensor(25.0)).sum())
+    law = torch.stack(joint).logsumexp(0) - torch.stack(total).logsumexp(0)
+    found = -loss(pm.macro_do(hidden(2.0), {TOTAL: pm.Natural(33.0)}), state_guide)
+    torch.testing.assert_close(found, law + torch.stack(seen).logsumexp(0))
 
 
 # aggregate

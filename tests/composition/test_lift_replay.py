@@ -3,6 +3,8 @@
 
 """``lift`` and ``replay``, inside and outside."""
 
+import warnings
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -79,10 +81,32 @@ def test_lift_inside_with_given_holds_the_lifted_parameters(do):
     assert {"mu", "sigma"} <= set(trace.stochastic_nodes)
 
 
-def test_lift_inside_of_a_scale_without_given_is_refused():
-    model = pm.macro_do(lifted(priced, "mu", "sigma"), NATURAL)
-    with pytest.raises(pm.UnsupportedLaw, match="'sigma'"):
-        model()
+def test_lift_inside_of_a_scale_without_given_is_integrated_out_by_draws():
+    """The moments of x1 are integrals over sigma: given it, the program is Gaussian."""
+    chains = pm.Chains(num_samples=100, warmup_steps=50, num_chains=1, progress=False)
+    natural = {SALES: pm.Natural(33.0, sampler=chains)}
+    model = pm.macro_do(lifted(priced, "mu", "sigma"), natural)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", pm.NotConverged)
+        trace = poutine.trace(model).get_trace()
+    law = trace.nodes["sales__micro"]["fn"]
+    assert law.method.startswith("Monte Carlo: NUTS on the fibre")
+    torch.testing.assert_close(law.draws.sum(-1), torch.full((100,), 33.0))
+    sigma = torch.linspace(0.0, 12.0, 4001)[1:]
+    v1, v2, c = sigma**2 + 2.25, 1 + 4 * 2.25, 2 * 2.25
+    variance = v1 + v2 + 2 * c
+    weight = dist.LogNormal(0.5, 0.3).log_prob(sigma)
+    weight = weight + dist.Normal(30.0, variance.sqrt()).log_prob(torch.tensor(33.0))
+    weight = weight.softmax(0)
+    gain = (v1 + c) / variance
+    means, variances = 10 + 3 * gain, v1 - gain * (v1 + c)
+    mean = (weight * means).sum()
+    spread = (weight * (variances + (means - mean).square())).sum().sqrt()
+    assert (law.draws[:, 0].mean() - mean).abs() < 5 * spread / 20**0.5
+    assert (law.draws[:, 0].std() / spread - 1).abs() < 5 / 40**0.5
+    # Draws have no density: parameters with priors belong in `given`
+    with pytest.raises(pm.UnsupportedLaw, match="without a normalized density"):
+        trace.log_prob_sum()
 
 
 @pytest.mark.parametrize("given", [[], ["mu", "sigma"]], ids=str)

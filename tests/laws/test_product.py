@@ -83,14 +83,14 @@ def test_positive_sites_keep_their_support():
         assert not law.support.check(-x)
 
 
-def test_discrete_sites_are_refused():
+def test_counts_that_are_rescaled_leave_their_support():
     def model():
         pyro.sample("x1", dist.Poisson(2.0))
         pyro.sample("x2", dist.Poisson(3.0))
 
     macro = pm.MacroVariable("total", ["x1", "x2"])
-    with pytest.raises(pm.UnsupportedLaw, match="'x1' has support.*continuous"):
-        pm.macro_do(model, {macro: pm.Proportional(5.0)})()
+    with pytest.raises(pm.OffFibre, match="'x[12]' gets the value.*whole numbers only"):
+        pm.macro_do(model, {macro: pm.Proportional(5.3)})()
 
 
 @pytest.mark.parametrize(
