@@ -25,8 +25,8 @@ from pyro_macro.errors import (
     UnsupportedLaw,
 )
 from pyro_macro.handlers import aggregate, macro_do
-from pyro_macro.laws.flow import Flow
-from pyro_macro.laws.sampled import Chains, NotConverged
+from pyro_macro.laws.sampled.chains import Chains, NotConverged
+from pyro_macro.laws.sampled.flow import Flow
 from pyro_macro.macro import MacroVariable
 from pyro_macro.realizations import (
     Allocate,

@@ -21,7 +21,7 @@ from torch.distributions import biject_to
 from pyro_macro.aggregation.stacked import Stacked
 from pyro_macro.errors import PyroMacroError, UnknownSite, UnsupportedLaw
 from pyro_macro.laws.base import MicroLaw
-from pyro_macro.laws.gaussian import GaussianProgram
+from pyro_macro.laws.gaussian.law import GaussianProgram
 from pyro_macro.laws.upstream import Evidence
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import (

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_macro.errors import PyroMacroError, UnknownSite, UnsupportedLaw
 from pyro_macro.intervention import Target, refuse_unfit
-from pyro_macro.laws.gaussian import GaussianLaw, GaussianProgram
+from pyro_macro.laws.gaussian.law import GaussianLaw, GaussianProgram
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import Shared, Site, as_program, unwrapped
 from pyro_macro.realizations import MicroState

@@ -104,9 +104,9 @@ class MicroFibre(constraints.Constraint):
     def check(self, value: Tensor) -> Tensor:
         miss = (self.total(value) - self.value).abs()
         size = value.abs().amax(-1) * value.shape[-1]
-        size = size.unsqueeze(-1) if self._macro_dim else size
+        size = size[(...,) + (None,) * self._macro_dim]
         met = miss <= tolerance(value) * (size + self.value.abs())
-        met = met.all(-1) if self._macro_dim else met
+        met = met.flatten(-self._macro_dim).all(-1) if self._macro_dim else met
         return met & self.inside(value).all(-1)
 
     def __repr__(self) -> str:

@@ -12,9 +12,9 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_macro.laws.base import MicroFibre, MicroLaw
-from pyro_macro.laws.coordinates import PivotTransform
 from pyro_macro.laws.elements import Elements
 from pyro_macro.laws.product import StackedSites, elementwise
+from pyro_macro.laws.sampled.coordinates import PivotTransform
 from pyro_macro.program.inner import unwrapped
 from pyro_macro.program.layout import Layout
 

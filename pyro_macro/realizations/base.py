@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pyro_macro.errors import NotAMicroState, OffFibre, PyroMacroError, UnsupportedLaw
-from pyro_macro.laws.fibre import choose_pivots
-from pyro_macro.laws.gaussian import GaussianLaw, GaussianProgram
+from pyro_macro.laws.gaussian.fibre import choose_pivots
+from pyro_macro.laws.gaussian.law import GaussianLaw, GaussianProgram
 from pyro_macro.laws.upstream import Evidence
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import Shared, Site

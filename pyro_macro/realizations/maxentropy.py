@@ -10,12 +10,12 @@ import torch
 from torch import Size, Tensor
 
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
-from pyro_macro.laws.coordinates import linear_coordinates
 from pyro_macro.laws.elements import elements_of
 from pyro_macro.laws.families import ScaledDirichlet
-from pyro_macro.laws.polytope import UniformOnPolytope
-from pyro_macro.laws.sampled import Chains
-from pyro_macro.laws.tabulate import Fibre, finite_law
+from pyro_macro.laws.finite.tables import Fibre, finite_law
+from pyro_macro.laws.sampled.chains import Chains
+from pyro_macro.laws.sampled.coordinates import linear_coordinates
+from pyro_macro.laws.sampled.polytope import UniformOnPolytope
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import Site, as_program
 from pyro_macro.realizations.base import MicroState, Realization, Realized

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pyro_macro.laws.flow import Flow
-from pyro_macro.laws.sampled import Chains
+from pyro_macro.laws.sampled.chains import Chains
+from pyro_macro.laws.sampled.flow import Flow
 from pyro_macro.macro import MacroVariable
 from pyro_macro.realizations.base import (
     Given,

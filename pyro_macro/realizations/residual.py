@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_macro.errors import PyroMacroError, UnknownSite
 from pyro_macro.laws.elements import elements_of
-from pyro_macro.laws.fibre import ResidualNormal
+from pyro_macro.laws.gaussian.fibre import ResidualNormal
 from pyro_macro.laws.rest import ResidualSites
 from pyro_macro.realizations.base import (
     Given,

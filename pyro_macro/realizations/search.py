@@ -13,14 +13,14 @@ from torch import Tensor
 
 from pyro_macro.aggregation.extreme import Extreme
 from pyro_macro.errors import Infeasible, NotAffine, PyroMacroError
-from pyro_macro.laws.configurations import mixing_configurations
 from pyro_macro.laws.extremes import GivenExtreme, has_cdf
 from pyro_macro.laws.families import member, of_one_family
-from pyro_macro.laws.fibre import NaturalNormal
-from pyro_macro.laws.flow import Flow, FlowLaw, fitted_flow
+from pyro_macro.laws.finite.configurations import mixing_configurations
+from pyro_macro.laws.finite.tables import Fibre, finite_law
+from pyro_macro.laws.gaussian.fibre import NaturalNormal
 from pyro_macro.laws.mixture import Mixture
-from pyro_macro.laws.sampled import Chains, OnFibre, sampled_law
-from pyro_macro.laws.tabulate import Fibre, finite_law
+from pyro_macro.laws.sampled.chains import Chains, OnFibre, sampled_law
+from pyro_macro.laws.sampled.flow import Flow, FlowLaw, fitted_flow
 from pyro_macro.program.inner import Shared, unwrapped
 from pyro_macro.realizations.base import MicroState, Realized
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.elements import variance_of
-from pyro_macro.laws.fibre import NaturalNormal
+from pyro_macro.laws.gaussian.fibre import NaturalNormal
 from pyro_macro.laws.product import StackedSites
 from pyro_macro.program.inner import unwrapped
 from pyro_macro.realizations.base import (

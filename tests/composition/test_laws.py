@@ -57,7 +57,7 @@ def test_trace_has_the_density_of_the_program_by_hand(law):
 
 @every_law
 def test_draws_are_as_often_as_by_hand(law):
-    # The mean of x1 in 400 draws, within 4.5 standard errors: chance 1e-5 each
+    # Within 4.5 standard errors: chance 1e-5 each
     def mean(program):
         with pyro.plate("draws", 400, dim=-1):
             x = poutine.trace(program).get_trace().nodes["sales__micro"]["value"]
@@ -78,7 +78,7 @@ def test_trace_of_draws_on_the_fibre_has_no_density():
 
 
 def test_trace_of_the_smallest_has_the_density_by_hand(do):
-    # f1(x1) f2(x2) / (f1(1) S2(1) + S1(1) f2(1)), S the chance to lie above
+    # f1(x1) f2(x2) / (f1 S2 + S1 f2), at 1, S the chance to lie above
     smallest = pm.MacroVariable("sales", ["x1", "x2"], (), pm.Min())
     f1, f2 = torch.exp(torch.tensor(-1.0)), torch.tensor(0.25)
     total = f1 * 0.75 + f1 * f2
@@ -86,8 +86,7 @@ def test_trace_of_the_smallest_has_the_density_by_hand(do):
     for _ in range(5):
         trace = poutine.trace(model).get_trace()
         trace.compute_log_prob()
-        x1, x2 = x = trace.nodes["sales__micro"]["value"]
-        assert x.min() == 1.0 and x2 < 4.0
+        x1, x2 = trace.nodes["sales__micro"]["value"]
         wanted = -x1 + f2.log() - total.log()
         torch.testing.assert_close(trace.nodes["sales__micro"]["log_prob"], wanted)
     # The first attains it with probability f1 S2 / total = 3/4

@@ -91,8 +91,7 @@ def test_scale_of_a_whole_program(law, where):
 @every_law
 @pytest.mark.parametrize("name", ["x1", "x2"])
 def test_block_inside_that_hides_a_micro_site_is_an_error(law, name):
-    what = "no site|is used before the last"
-    with pytest.raises(pm.PyroMacroError, match=what):
+    with pytest.raises(pm.PyroMacroError, match="no site|is used before the last"):
         law.do(poutine.block(law.case.model, hide=[name]))()
 
 

@@ -84,10 +84,10 @@ def test_predictive_holds_the_given_cause_of_each_posterior_sample(parallel):
 def test_importance_estimates_the_evidence(case):
     def evidence(model):
         pyro.set_rng_seed(11)
-        importance = Importance(model, num_samples=80)
+        importance = Importance(model, num_samples=40)
         importance.run(torch.tensor(12.0))
         weights = torch.stack([torch.as_tensor(w) for w in importance.log_weights])
-        return weights.exp().mean(), weights.exp().var() / 80
+        return weights.exp().mean(), weights.exp().var() / 40
 
     found, error = evidence(pm.macro_do(case.model, case.interventions))
     wanted, other = evidence(case.by_hand)

@@ -13,7 +13,8 @@ import torch
 from scipy import stats
 
 import pyro_macro as pm
-from pyro_macro.laws.coordinates import (
+from pyro_macro.laws.elements import Elements
+from pyro_macro.laws.sampled.coordinates import (
     IntervalTransform,
     PivotTransform,
     PositiveTransform,
@@ -23,8 +24,7 @@ from pyro_macro.laws.coordinates import (
     slope,
     smooth_coordinates,
 )
-from pyro_macro.laws.elements import Elements
-from pyro_macro.laws.simplex import SimplexTransform
+from pyro_macro.laws.sampled.simplex import SimplexTransform
 
 INF = float("inf")
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import biject_to
 
-from pyro_macro.laws.covariance import (
+from pyro_macro.laws.gaussian.covariance import (
     Blocks,
     Dense,
     Diagonal,
@@ -16,7 +16,7 @@ from pyro_macro.laws.covariance import (
     Shared,
     log_normal,
 )
-from pyro_macro.laws.fibre import Fibre, NaturalNormal, ResidualNormal
+from pyro_macro.laws.gaussian.fibre import Fibre, NaturalNormal, ResidualNormal
 
 LOC = torch.tensor([10.0, 20.0, -3.0, 1.0], dtype=torch.float64)
 VARIANCE = torch.tensor([4.0, 1.0, 0.5, 2.0], dtype=torch.float64)

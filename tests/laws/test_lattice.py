@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pyro_macro.aggregation.base import AsSum
-from pyro_macro.laws.lattice import LONGEST, codes_of, is_lattice, step_of
+from pyro_macro.laws.finite.lattice import LONGEST, codes_of, is_lattice, step_of
 
 
 def t(*numbers):

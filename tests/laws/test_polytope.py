@@ -14,7 +14,7 @@ from scipy import integrate, stats
 from torch.distributions import biject_to
 
 from pyro_macro.laws.elements import Elements
-from pyro_macro.laws.polytope import UniformOnPolytope, log_sum_density
+from pyro_macro.laws.sampled.polytope import UniformOnPolytope, log_sum_density
 
 INF = float("inf")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from brute_force import assert_counts, assert_gradient
 
-from pyro_macro.laws.sums import (
+from pyro_macro.laws.finite.sums import (
     NEVER,
     SumTree,
     choose,
@@ -111,7 +111,7 @@ def test_what_cannot_be_has_gradient_zero_and_not_nan():
 def test_convolutions_in_pieces_are_those_in_one(monkeypatch):
     left, right = random_parts(9, 4), random_parts(9, 4, seed=3)
     whole = convolve(left, right, 6)
-    monkeypatch.setattr("pyro_macro.laws.sums._CELLS", 1)
+    monkeypatch.setattr("pyro_macro.laws.finite.sums._CELLS", 1)
     torch.testing.assert_close(convolve(left, right, 6), whole)
     parts = random_parts(2, 5, 3)
     tree = SumTree(parts, 10)

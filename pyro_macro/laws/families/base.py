@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from pyro_macro.errors import Infeasible
 from pyro_macro.laws.base import MicroFibre, MicroLaw
-from pyro_macro.laws.sums import states_on
+from pyro_macro.laws.finite.sums import states_on
 
 ENUMERABLE = 10_000  # states, at most
 

@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_macro.laws.families.base import CountsGivenSum, Member, member
-from pyro_macro.laws.sums import NEVER, SumTree
+from pyro_macro.laws.finite.sums import NEVER, SumTree
 
 
 def _log_choose(n: Tensor, k: Tensor) -> Tensor:

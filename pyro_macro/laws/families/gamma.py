@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyro_macro.laws.base import MicroFibre
 from pyro_macro.laws.families.base import GivenSum, Member, member
-from pyro_macro.laws.simplex import SimplexTransform
+from pyro_macro.laws.sampled.simplex import SimplexTransform
 
 
 class ScaledDirichlet(GivenSum):

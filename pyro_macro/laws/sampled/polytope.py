@@ -13,7 +13,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_macro.laws.base import MicroFibre, MicroLaw
-from pyro_macro.laws.coordinates import Elements, IntervalTransform
+from pyro_macro.laws.sampled.coordinates import Elements, IntervalTransform
 
 
 class UniformOnPolytope(MicroLaw):

@@ -25,10 +25,10 @@ from torch.distributions.transforms import Transform
 
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.base import MicroFibre, MicroLaw
-from pyro_macro.laws.configurations import finite_values
-from pyro_macro.laws.coordinates import linear_coordinates, smooth_coordinates
 from pyro_macro.laws.elements import Elements, elements_of
-from pyro_macro.laws.tabulate import Fibre
+from pyro_macro.laws.finite.configurations import finite_values
+from pyro_macro.laws.finite.tables import Fibre
+from pyro_macro.laws.sampled.coordinates import linear_coordinates, smooth_coordinates
 from pyro_macro.laws.upstream import Evidence, Upstream
 from pyro_macro.program.inner import InnerRun, Site, unwrapped
 from pyro_macro.program.substitution import Substituted, apart

@@ -14,7 +14,7 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_macro.laws.base import MicroFibre, MicroLaw
-from pyro_macro.laws.sums import (
+from pyro_macro.laws.finite.sums import (
     NEVER,
     SumTree,
     choose,

@@ -13,7 +13,7 @@ from torch.distributions import biject_to, constraints, transform_to
 from torch.distributions.transforms import Transform
 
 from pyro_macro.laws.base import MicroLaw, tolerance
-from pyro_macro.laws.covariance import (
+from pyro_macro.laws.gaussian.covariance import (
     Covariance,
     Dense,
     add_product,
@@ -263,7 +263,7 @@ class NaturalNormal(FibreDistribution):
     with the natural direction ``G = C rows' (rows C rows')^-1``, covariance
     ``C - G rows C``. A draw is ``x + G (value - rows x)`` for ``x ~ N(loc, C)``.
 
-    >>> from pyro_macro.laws.covariance import Diagonal
+    >>> from pyro_macro.laws.gaussian.covariance import Diagonal
     >>> law = NaturalNormal(
     ...     torch.tensor([10.0, 20.0]), Diagonal(torch.tensor([4.0, 1.0])),
     ...     torch.ones(1, 2), torch.tensor([33.0]))

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from pyro_macro.errors import UnsupportedLaw
-from pyro_macro.laws.covariance import Blocks, Covariance, Dense, Diagonal, Shared
-from pyro_macro.laws.derivatives import (
+from pyro_macro.laws.gaussian.covariance import (
+    Blocks,
+    Covariance,
+    Dense,
+    Diagonal,
+    Shared,
+)
+from pyro_macro.laws.gaussian.derivatives import (
     agree,
     all_directions,
     batch_axes,

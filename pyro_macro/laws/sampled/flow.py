@@ -17,8 +17,8 @@ from tqdm.auto import trange
 
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.base import MicroFibre, MicroLaw
-from pyro_macro.laws.sampled import OnFibre
-from pyro_macro.laws.tabulate import Fibre
+from pyro_macro.laws.finite.tables import Fibre
+from pyro_macro.laws.sampled.chains import OnFibre
 from pyro_macro.program.substitution import apart
 
 

@@ -21,7 +21,7 @@ from pyro.poutine.runtime import Message
 from torch import Size, Tensor
 
 from pyro_macro.errors import UnsupportedLaw
-from pyro_macro.laws.sums import NEVER
+from pyro_macro.laws.finite.sums import NEVER
 from pyro_macro.laws.upstream import Evidence, Upstream
 from pyro_macro.program.inner import InnerRun, Site, unwrapped
 from pyro_macro.program.layout import Layout

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from pyro_macro.errors import NotAffine, NotAMicroState, UnsupportedLaw
-from pyro_macro.laws.covariance import Covariance, Explained
-from pyro_macro.laws.derivatives import (
+from pyro_macro.laws.gaussian.covariance import Covariance, Explained
+from pyro_macro.laws.gaussian.derivatives import (
     agree,
     coupled_plates,
     covariances_by_columns,
     covariances_by_rows,
 )
-from pyro_macro.laws.structure import Structure
+from pyro_macro.laws.gaussian.structure import Structure
 from pyro_macro.laws.upstream import Evidence, Upstream
 from pyro_macro.program.inner import Site, unwrapped
 from pyro_macro.program.layout import Layout

@@ -18,8 +18,8 @@ from torch.distributions.transforms import Transform
 
 from pyro_macro.errors import Infeasible, UnsupportedLaw
 from pyro_macro.laws.elements import Elements
-from pyro_macro.laws.fibre import choose_pivots
-from pyro_macro.laws.simplex import SimplexTransform
+from pyro_macro.laws.gaussian.fibre import choose_pivots
+from pyro_macro.laws.sampled.simplex import SimplexTransform
 
 
 class _FibreTransform(Transform):

@@ -15,16 +15,16 @@ from torch import Size, Tensor
 from pyro_macro.aggregation import Aggregation
 from pyro_macro.errors import Infeasible, NotAMicroState, UnsupportedLaw
 from pyro_macro.laws.base import MicroFibre
-from pyro_macro.laws.configurations import (
+from pyro_macro.laws.finite.configurations import (
     Configurations,
     Grade,
     finite_values,
     is_count,
     log_table,
 )
-from pyro_macro.laws.finite import FiniteLaw, Tables
-from pyro_macro.laws.lattice import LONGEST, Codes, codes_of, is_lattice
-from pyro_macro.laws.sums import NEVER, SumTree, log_sum, scatter_codes
+from pyro_macro.laws.finite.lattice import LONGEST, Codes, codes_of, is_lattice
+from pyro_macro.laws.finite.law import FiniteLaw, Tables
+from pyro_macro.laws.finite.sums import NEVER, SumTree, log_sum, scatter_codes
 from pyro_macro.laws.upstream import Evidence, Upstream
 from pyro_macro.program.layout import Layout
 
