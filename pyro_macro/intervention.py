@@ -35,6 +35,7 @@ from pyro_macro.program.layout import Layout
 from pyro_macro.program.reading import draw
 from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization, Realized
+from pyro_macro.realizations.base import common
 from pyro_macro.reports import Description
 from pyro_macro.units import Interventions, Unit, groups, units, value_of
 
@@ -286,10 +287,10 @@ class Ahead:
             self._refuse_given(what, name, intervened is not None)
         sites = [self.sites[name] for name in macro.micro]
         layout = Layout(sites, macro.over, f"macro-variable {macro.name!r}")
-        event_dim = macro.aggregation.event_dim
+        like = common([detach_provenance(site.value) for site in sites])
         if intervened is None:
-            state = layout.stack({n: self.shared[n].value for n in macro.micro})
-            value = macro.aggregation(state)
+            values = {n: self.shared[n].value for n in macro.micro}
+            value = macro.aggregation(layout.stack(values).to(like))
         else:
             number = getattr(intervened, "value", None)
             if number is None:
@@ -297,19 +298,8 @@ class Ahead:
                     f"{what}: {macro.name!r} is shifted, not set to a value, in the "
                     "same macro_do. Nest two macro_do instead."
                 )
-            like = detach_provenance(sites[0].value)
             value = torch.as_tensor(number).to(like)
-        return Evidence(
-            name=macro.name,
-            of=lambda run: macro.aggregation(
-                layout.stack({n: run.sites[n].value for n in macro.micro})
-            ),
-            value=value,
-            sites=macro.micro,
-            frames=layout.frames,
-            event_shape=value.shape[value.dim() - event_dim :],
-            macro=macro,
-        )
+        return Evidence.of_macro(macro, layout, value)
 
 
 def refuse_unfit(macro: MacroVariable, site: Site) -> None:

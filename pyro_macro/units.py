@@ -65,19 +65,7 @@ def value_of(unit: Unit, state: MicroState) -> Evidence:
     """A macro value that is set, as something known of the program."""
     value = unit.realization.macro_value(state)
     assert value is not None
-    macro, layout = state.macro, state.layout
-    event_dim = macro.aggregation.event_dim
-    return Evidence(
-        name=macro.name,
-        of=lambda run: macro.aggregation(
-            layout.stack({n: run.sites[n].value for n in macro.micro})
-        ),
-        value=value,
-        sites=macro.micro,
-        frames=layout.frames,
-        event_shape=value.shape[value.dim() - event_dim :],
-        macro=macro,
-    )
+    return Evidence.of_macro(state.macro, state.layout, value)
 
 
 def groups(

@@ -17,6 +17,7 @@ from torch import Size, Tensor
 from pyro_macro.errors import NotAMicroState, UnsupportedLaw
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import Shared
+from pyro_macro.program.layout import Layout
 from pyro_macro.program.noise import NoiseRun
 from pyro_macro.program.reading import dependence
 
@@ -41,6 +42,24 @@ class Evidence:
     frames: tuple[Any, ...]
     event_shape: Size
     macro: MacroVariable | None = None
+
+    @classmethod
+    def of_macro(cls, macro: MacroVariable, layout: Layout, value: Tensor) -> Evidence:
+        """A macro value, as something known.
+
+        :param layout: of its micro state.
+        """
+        return cls(
+            name=macro.name,
+            of=lambda run: macro.aggregation(
+                layout.stack({n: run.sites[n].value for n in macro.micro})
+            ),
+            value=value,
+            sites=macro.micro,
+            frames=layout.frames,
+            event_shape=value.shape[value.dim() - macro.aggregation.event_dim :],
+            macro=macro,
+        )
 
 
 class Upstream:
