@@ -403,12 +403,13 @@ def same_parameters(one: Any, other: Any, seen: Collection[int] = ()) -> bool:
         if id(one) in seen:
             return True
         seen, mine, yours = {*seen, id(one)}, vars(one), vars(other)
-        # Not what is computed on demand: caches, and the weak link to an inverse
+        # Not what is made on demand: caches, and the link of a transform to its inverse
         shared = [
             key
             for key in mine.keys() & yours.keys()
             if not key.startswith("_cached")
             and not any(isinstance(v[key], weakref.ref) for v in (mine, yours))
+            and not (key == "_inv" and None in (mine[key], yours[key]))
         ]
         return all(same_parameters(mine[key], yours[key], seen) for key in shared)
     if isinstance(one, (list, tuple)):

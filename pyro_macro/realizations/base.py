@@ -180,6 +180,19 @@ class MicroState:
         relevant, known = self.program.relevant(self.macro.micro, self.given, self.what)
         return not known and relevant == set(self.macro.micro)
 
+    def refuse_causes(self, otherwise: str = "or use Natural or Explicit") -> None:
+        """An error if sites that are not Gaussian depend on what is random."""
+        self.program.refuse_unseen(self.what)
+        if self.stands_alone():
+            return
+        known = self.program.relevant(self.macro.micro, self.given, self.what)[1]
+        causes = self.program.causes(self.macro.micro, known) or []
+        raise UnsupportedLaw(
+            f"{self.what}: its sites depend on {causes}, and are not all Gaussian, so "
+            "that their own law with these integrated out is not known. Hold them at "
+            f"their values, given={causes}, {otherwise}."
+        )
+
     def tensor(self, number: Any, role: str, event_dim: int | None = None) -> Tensor:
         """A macro value as a tensor that broadcasts against the plates that stay.
 

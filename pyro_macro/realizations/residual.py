@@ -70,7 +70,8 @@ class Residual(Realization):
     def realize(self, state: MicroState) -> Realized:
         value = state.tensor(self.value, "value")
         indices = self._indices(state)
-        if not state.is_gaussian() and state.stands_alone() and len(indices) == 1:
+        if not state.is_gaussian() and len(indices) == 1:
+            state.refuse_causes()
             return self._of_sites(state, value, indices[0])
         law = state.gaussian()
         rows, value, pivots = state.fibre(law, value)

@@ -76,7 +76,8 @@ class Shift(Realization):
                 f"{state.what}: a vector of macro values has no single direction to "
                 "shift along. Shift one macro-variable for each row."
             )
-        if self.along is None and not state.is_gaussian() and state.stands_alone():
+        if self.along is None and not state.is_gaussian():
+            state.refuse_causes("or state a direction, along=...")
             return delta.unsqueeze(-1) * self._by_variance(state)
         if self.along is None:
             law = state.gaussian()

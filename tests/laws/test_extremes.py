@@ -316,3 +316,16 @@ def test_finite_sites_have_the_same_extremes_by_dynamic_programming():
         [dist.Categorical(torch.ones(4))] * 2, [range(4)] * 2, lambda x: x.amax(-1), 2
     )
     assert len(states) == 5 and probs.unique().numel() == 1
+
+
+@pytest.mark.parametrize("family", [dist.Weibull, dist.Gumbel, dist.Pareto])
+def test_families_that_are_made_of_transforms_are_the_same_when_run(family):
+    """Their cumulative probabilities make inverse transforms, which are no change."""
+
+    def model():
+        with pyro.plate("o", 6):
+            return pyro.sample("x", family(2.0, 1.5))
+
+    top = pm.MacroVariable("m", "x", over="o", aggregation=pm.Max())
+    value = pm.macro_do(model, {top: pm.Natural(4.0)})()
+    assert value.max() == 4.0 and (value == 4.0).sum() == 1

@@ -90,7 +90,7 @@ UNREACHABLE = {
         categorical(0.3, 0.0, 0.7),
         None,
         3.0,
-        r"\[3.0\] cannot be reached.*from \[0.0\] to \[4.0\]",
+        r"3.0 cannot be reached.*from 0.0 to 4.0",
     ),
     "negative sum of gammas": (
         gamma(1.0),
@@ -139,21 +139,21 @@ UNREACHABLE = {
         poisson(2.0),
         pm.Linear([1.0, 2.0]),
         2.5,
-        r"\[2.5\] cannot be reached.*in steps of \[1.0\]",
+        r"2.5 cannot be reached.*in steps of 1.0",
     ),
     "negative weighted sum of counts": (
         poisson(1.0),
         poisson(2.0),
         pm.Linear([1.0, 2.0]),
         -2.0,
-        r"\[-2.0\] cannot be reached",
+        r"-2.0 cannot be reached",
     ),
     "broken sum of coins": (
         bernoulli(0.3),
         bernoulli(0.4),
         None,
         0.5,
-        r"\[0.5\] cannot be reached.*from \[0.0\] to \[2.0\]",
+        r"0.5 cannot be reached.*from 0.0 to 2.0",
     ),
     "sum of binomials beyond the largest": (
         binomial(2, 0.5),
@@ -167,7 +167,7 @@ UNREACHABLE = {
         bernoulli(0.4),
         None,
         3.0,
-        r"\[3.0\] cannot be reached.*from \[0.0\] to \[2.0\]",
+        r"3.0 cannot be reached.*from 0.0 to 2.0",
     ),
     "mean of counts between its steps": (
         poisson(1.0),
@@ -209,28 +209,28 @@ UNREACHABLE = {
         categorical(0.5, 0.5),
         pm.Max(),
         2.0,
-        r"\[2.0\] cannot be reached",
+        r"2.0 cannot be reached",
     ),
     "broken count": (
         bernoulli(0.3),
         bernoulli(0.4),
         pm.Count(1),
         1.5,
-        r"\[1.5\] cannot be reached",
+        r"1.5 cannot be reached",
     ),
     "count of what no site can be": (
         bernoulli(0.3),
         bernoulli(0.4),
         pm.Count(5),
         1.0,
-        r"\[1.0\] cannot be reached",
+        r"1.0 cannot be reached",
     ),
     "value that is not in the table": (
         bernoulli(0.3),
         bernoulli(0.4),
         pm.Coarsen([[0, 1], [1, 0]]),
         7.0,
-        r"\[7.0\] cannot be reached",
+        r"7.0 cannot be reached",
     ),
     "counts of rate zero": (
         poisson(0.0),
@@ -244,14 +244,14 @@ UNREACHABLE = {
         bernoulli(0.0),
         None,
         1.0,
-        r"\[1.0\] cannot be reached.*from \[0.0\] to \[0.0\]",
+        r"1.0 cannot be reached.*from 0.0 to 0.0",
     ),
     "coins that always fall": (
         bernoulli(1.0),
         bernoulli(1.0),
         None,
         1.0,
-        r"\[1.0\] cannot be reached.*from \[2.0\] to \[2.0\]",
+        r"1.0 cannot be reached.*from 2.0 to 2.0",
     ),
 }
 
@@ -270,8 +270,8 @@ def test_value_that_cannot_be_reached_says_what_can_be(name):
         (uniform(0.0, 1.0), uniform(0.0, 2.0), 3.0, "3 cannot.*between 0 and 3"),
         (uniform(0.0, 1.0), uniform(0.0, 2.0), -1.0, "-1 cannot.*between 0 and 3"),
         (gamma(1.0), gamma(2.0), -1.0, "-1 cannot be reached"),
-        (bernoulli(0.3), bernoulli(0.4), 3.0, r"\[3.0\] cannot be reached"),
-        (poisson(1.0), poisson(1.0), 0.5, r"\[0.5\] cannot be reached"),
+        (bernoulli(0.3), bernoulli(0.4), 3.0, r"3.0 cannot be reached"),
+        (poisson(1.0), poisson(1.0), 0.5, r"0.5 cannot be reached"),
     ],
 )
 def test_value_that_cannot_be_reached_by_max_entropy(x1, x2, value, words):
@@ -299,7 +299,7 @@ def test_value_that_only_a_cause_of_probability_zero_allows():
         pyro.sample("x2", dist.Bernoulli(0.5))
 
     total = pm.MacroVariable("total", ["x1", "x2"])
-    with pytest.raises(Infeasible, match=r"\[2.0\] cannot be reached"):
+    with pytest.raises(Infeasible, match=r"2.0 cannot be reached"):
         pm.macro_do(model, {total: pm.Natural(2.0)})()
 
 
@@ -532,7 +532,8 @@ def test_own_law_of_counts_with_a_random_rate_names_the_site(realization):
         pyro.sample("x2", dist.Poisson(1.0))
 
     total = pm.MacroVariable("total", ["x1", "x2"])
-    with pytest.raises(Unsupported, match="'total': micro site 'x1' is Poisson"):
+    words = "'total': (its sites depend on|micro site 'x1' is Poisson).*given=\\['z'\\]"
+    with pytest.raises(Unsupported, match=words):
         pm.macro_do(model, {total: realization})()
 
 

@@ -214,7 +214,7 @@ def test_sites_that_are_not_gaussian_below_a_latent_one_are_refused_and_named():
         pyro.sample("x1", dist.Normal(0.0, 1.0))
 
     macro = pm.MacroVariable("m", ["x0", "x1"])
-    with pytest.raises(pm.UnsupportedLaw, match="'x0' is Gamma"):
+    with pytest.raises(pm.UnsupportedLaw, match=r"depend on \['z'\].*given"):
         law_of(model, macro, pm.Residual(3.0, absorb="x1"))
     trace = run(model, macro, pm.Residual(3.0, absorb="x1", given="z"))
     x0, z = trace.nodes["x0"]["value"], trace.nodes["z"]["value"]

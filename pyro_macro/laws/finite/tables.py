@@ -478,21 +478,30 @@ class _Reader:
         bad = (law.log_total.reshape(-1) <= NEVER / 2).nonzero()[0, 0]
         value = self._value()
         value = value.expand(tables.parts.shape[:1] + value.shape[1:])[bad]
+        shown = value.squeeze().tolist()
         rows = self.fibre.aggregation.weights(self.values[:, 0])
-        hint = ""
-        if rows is not None:
-            possible = (tables.parts > NEVER).flatten(0, 5).any(0)
-            terms = self.values[:, None] * rows.mT.unsqueeze(-1)  # (K, m, V)
-            if possible.shape == self.values.shape:
-                low = torch.where(possible[:, None], terms, torch.inf).amin(-1).sum(0)
-                high = torch.where(possible[:, None], terms, -torch.inf).amax(-1).sum(0)
-                hint = f" Its values lie from {low.tolist()} to {high.tolist()}"
-                steps = is_lattice(
-                    self.fibre.aggregation.as_sums(self.values, self._value()) or ()
-                )
-                hint += f", in steps of {steps}." if steps else "."
+        hint = "" if rows is None else self._reachable(tables, rows)
         raise Infeasible(
-            f"{self.what}: the macro value {value.tolist()} cannot be reached: no "
+            f"{self.what}: the macro value {shown} cannot be reached: no "
             f"micro state of positive probability has it.{hint} Choose one that the "
             "sites can have."
         )
+
+    def _reachable(self, tables: Tables, rows: Tensor) -> str:
+        """The values of a linear map, in words."""
+        steps = is_lattice(
+            self.fibre.aggregation.as_sums(self.values, self._value()) or ()
+        )
+        possible = (tables.parts > NEVER).flatten(0, 5).any(0)
+        if not steps or possible.shape != self.values.shape:
+            return ""
+        terms = self.values[:, None] * rows.mT.unsqueeze(-1)  # (K, m, V)
+        low = torch.where(possible[:, None], terms, torch.inf).amin(-1).sum(0)
+        high = torch.where(possible[:, None], terms, -torch.inf).amax(-1).sum(0)
+        fns = (self.upstream.sites[name].fn for name in self.layout.names)
+        one = rows.shape[0] == 1
+        first, last = (t[0].item() if one else t.tolist() for t in (low, high))
+        by = steps[0] if one else steps
+        if any(map(is_count, fns)):
+            return f" Its values begin at {first}, in steps of {by}."
+        return f" Its values lie from {first} to {last}, in steps of {by}."
