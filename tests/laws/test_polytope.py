@@ -7,12 +7,16 @@ import itertools
 import math
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from brute_force import assert_cdf, assert_same_law
+from pyro.infer.autoguide import AutoNormal
 from scipy import integrate, stats
 from torch.distributions import biject_to
 
+import pyro_macro as pm
 from pyro_macro.laws.elements import Elements
 from pyro_macro.laws.sampled.polytope import UniformOnPolytope, log_sum_density
 
@@ -261,3 +265,31 @@ def test_narrow_elements_beside_a_wide_one(count, narrow):
     width[0] = 2.0
     at = t(0.5 * float(width.sum()))[0]
     torch.testing.assert_close(density(at, width).item(), 0.5, rtol=1e-4, atol=0)
+
+
+def test_slots_of_different_bounds_with_one_value_have_coordinates():
+    """A value without a batch, supports with one: as a plate that stays has."""
+
+    def model():
+        with pyro.plate("k", 2):
+            for name in "abc":
+                pyro.sample(name, dist.Uniform(0.0, torch.tensor([1.0, 2.0])))
+
+    macro = pm.MacroVariable("m", ["a", "b", "c"])
+    intervened = pm.macro_do(model, {macro: pm.MaxEntropy(1.0)})
+    law = pyro.poutine.trace(intervened).get_trace().nodes["m__micro"]["fn"]
+    to_fibre = torch.distributions.biject_to(law.support)
+    x = torch.tensor([[0.3, -0.4], [1.0, 0.2]])
+    state = to_fibre(x)
+    assert torch.allclose(state.sum(-1), torch.ones(2))
+    assert torch.allclose(to_fibre.inv(state), x)
+    volume = to_fibre.log_abs_det_jacobian(x, state)
+    for k in range(2):
+
+        def own(z, k=k):
+            return to_fibre(torch.stack([z if i == k else x[i] for i in range(2)]))[k]
+
+        jacobian = torch.autograd.functional.jacobian(own, x[k])[:2]
+        assert torch.isclose(volume[k], torch.linalg.det(jacobian).abs().log())
+    guide = AutoNormal(intervened)
+    assert guide()["m__micro"].shape == (2, 3)

@@ -174,7 +174,11 @@ class IntervalTransform(_FibreTransform):
         self, terms: Tensor | None, z: Tensor | None
     ) -> tuple[list[Tensor], Tensor]:
         """Terms from coordinates, or coordinates from terms; and the log volume."""
-        left, volume = self.value, torch.zeros_like(self.value)
+        source: Tensor = terms if z is None else z  # type: ignore[assignment]
+        shape = torch.broadcast_shapes(
+            self.value.shape, self.low.shape[:-1], source.shape[:-1]
+        )
+        left, volume = self.value.expand(shape), source.new_zeros(shape)
         found = []
         for k in range(self.weights.shape[-1] - 1):
             low, high = self._interval(k, left)
@@ -185,7 +189,6 @@ class IntervalTransform(_FibreTransform):
                 found.append(coordinate)
             else:
                 coordinate = z[..., k]
-                low, high = low.expand(left.shape), high.expand(left.shape)
                 own = into(coordinate, low, high, self._shift(k))
                 found.append(own)
             volume = volume + slope(coordinate, low, high, self._shift(k))
