@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, overload
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro.ops.provenance import get_provenance, track_provenance
@@ -43,6 +42,7 @@ from pyro_macro.program.inner import (
     Shared,
     Site,
     is_deterministic,
+    preserved_params,
     preserved_random_state,
     replay,
     unwrapped,
@@ -555,14 +555,11 @@ class MacroDo(_Setting):
                free  0
                cost  2 random numbers a draw
         """
-        store = pyro.get_param_store()
-        known = set(store.keys())
-        with detached(), preserved_random_state(torch.device("cpu")):
+        unseen = preserved_random_state(torch.device("cpu"))
+        with detached(), preserved_params(), unseen:
             prepared = _Prepared(Ahead(self.interventions, (fn, args, kwargs)))
             with prepared:
                 fn(*args, **kwargs)
-        for name in set(store.keys()) - known:
-            del store[name]
         targets = dict.fromkeys(prepared._targets.values())
         return Descriptions([target.described() for target in targets])
 

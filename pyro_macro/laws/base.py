@@ -70,6 +70,42 @@ class MicroLaw(TorchDistribution):
         return torch.arange(base.numel()).reshape(base).expand(shape).flatten()
 
 
+ENUMERABLE = 10_000  # states, at most
+
+
+class EnumerableLaw(MicroLaw):
+    """A law on finitely many states, which are listed where they are few.
+
+    A new one owes :attr:`_states`.
+
+    :ivar dtype: of the draws.
+    """
+
+    dtype: torch.dtype
+
+    @property
+    def _states(self) -> Tensor | None:
+        """All states, shape ``(n, K)``; ``None`` if there are many, or they differ."""
+        raise NotImplementedError
+
+    @property
+    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+        return self.event_shape[0] <= 64 and self._states is not None
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        states = self._states
+        if states is None:
+            raise NotImplementedError(
+                f"{self.method}: the fibre differs along the batch, or has more than "
+                f"{ENUMERABLE} states."
+            )
+        shape = (-1,) + (1,) * len(self.batch_shape) + self.event_shape
+        states = states.to(self.dtype).reshape(shape)
+        if expand:
+            states = states.expand(states.shape[:1] + self.batch_shape + (-1,))
+        return states
+
+
 class MicroFibre(constraints.Constraint):
     """The micro states in a support that have a given macro value.
 

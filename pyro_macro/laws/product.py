@@ -51,23 +51,14 @@ class StackedSites(MicroLaw):
         return all(part.has_rsample for part in self.parts.values())
 
     def _draws(self, sample_shape: Any, method: str) -> Tensor:
-        missing = self._missing(len(self.batch_shape))
-        ahead = Size(sample_shape)
-        shape = ahead + Size([1] * missing if ahead else []) + self.batch_shape
+        ahead = len(sample_shape)
+        missing = _missing(self.layout, ahead, len(self.batch_shape))
+        shape = Size(sample_shape) + Size([1] * missing) + self.batch_shape
         values = {}
         for name, part in self.parts.items():
             full = torch.broadcast_shapes(shape, part.batch_shape)
             values[name] = getattr(part.expand(full), method)()
-        stacked = self.layout.stack(values)
-        return (
-            stacked.reshape(ahead + stacked.shape[len(ahead) + missing :])
-            if (ahead and missing)
-            else stacked
-        )
-
-    def _missing(self, depth: int) -> int:
-        """How many dimensions of plates in the vector lie left of the batch."""
-        return max(0, _depth(self.layout) - depth)
+        return _closed(self.layout.stack(values), ahead, missing)
 
     def sample(self, sample_shape: Any = Size()) -> Tensor:
         with torch.no_grad():
@@ -79,16 +70,14 @@ class StackedSites(MicroLaw):
     def log_prob(self, value: Tensor) -> Tensor:
         total: Any = 0.0
         ahead = value.dim() - 1 - len(self.batch_shape)
-        missing = self._missing(len(self.batch_shape)) if ahead > 0 else 0
-        if missing:
-            ones = (1,) * missing
-            value = value.reshape(value.shape[:ahead] + ones + value.shape[ahead:])
+        missing = _missing(self.layout, ahead, len(self.batch_shape))
+        value = _opened(value, ahead, missing)
         for name, state in self.layout.unstack(value).items():
             part = self.parts[name].log_prob(state)
             dims = [d for d in self._over[name] if -d <= part.dim()]
             total = total + (part.sum(dims, keepdim=True) if dims else part)
         if missing:
-            return total.reshape(total.shape[:ahead] + total.shape[ahead + missing :])
+            return _closed(total, ahead, missing)
         shape = torch.broadcast_shapes(total.shape, self.batch_shape)
         while total.dim() > len(shape):
             total = total.squeeze(0)
@@ -117,10 +106,28 @@ class StackedSites(MicroLaw):
         )
 
 
-def _depth(layout: Layout) -> int:
-    """The number of dimensions that the plates of a micro state take."""
+def _missing(layout: Layout, ahead: int, batch_dims: int) -> int:
+    """How many dimensions of plates in the vector lie left of the batch.
+
+    They have to stand between the batch and dimensions of samples, if there are any.
+    """
     dims = [dim for over in layout.over_plates for dim, _ in over] + list(layout.batch)
-    return max((-dim for dim in dims), default=0)
+    depth = max((-dim for dim in dims), default=0)
+    return max(0, depth - batch_dims) if ahead > 0 else 0
+
+
+def _opened(tensor: Tensor, ahead: int, missing: int) -> Tensor:
+    """With ``missing`` dimensions of size one behind the first ``ahead``."""
+    if not missing:
+        return tensor
+    return tensor.reshape(tensor.shape[:ahead] + (1,) * missing + tensor.shape[ahead:])
+
+
+def _closed(tensor: Tensor, ahead: int, missing: int) -> Tensor:
+    """The inverse of :func:`_opened`."""
+    if not missing:
+        return tensor
+    return tensor.reshape(tensor.shape[:ahead] + tensor.shape[ahead + missing :])
 
 
 def elementwise(
@@ -138,10 +145,7 @@ def elementwise(
     :param batch_dims: how many of the dimensions belong to the batch.
     """
     ahead = vector.dim() - 1 - batch_dims
-    missing = max(0, _depth(layout) - batch_dims) if ahead > 0 else 0
-    shape = vector.shape[:ahead] + (1,) * missing + vector.shape[ahead:]
-    states = layout.unstack(vector.reshape(shape) if missing else vector)
+    missing = _missing(layout, ahead, batch_dims)
+    states = layout.unstack(_opened(vector, ahead, missing))
     stacked = layout.stack({name: of(parts[name], states[name]) for name in parts})
-    if not missing:
-        return stacked
-    return stacked.reshape(stacked.shape[:ahead] + stacked.shape[ahead + missing :])
+    return _closed(stacked, ahead, missing)

@@ -62,6 +62,17 @@ class Evidence:
         )
 
 
+def refuse_parts(frames: Sequence[Any], what: str) -> None:
+    """An error if plates whose slots are dependent run over a part only."""
+    for frame in frames:
+        if frame.full_size not in (None, frame.size):
+            raise UnsupportedLaw(
+                f"{what}: the micro states along plate {frame.name!r} are dependent, "
+                "through sites outside of it, and the plate is subsampled. Hold these "
+                "sites with given=[...], or run the plate whole."
+            )
+
+
 class Upstream:
     """A program up to the micro state, as it was read.
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -157,6 +157,16 @@ def refuse_fixed(msg: Message, who: str) -> None:
             "`poutine.do` inside. Its value could not be realized again: drop one of "
             "the two interventions."
         )
+
+
+@contextmanager
+def preserved_params() -> Iterator[None]:
+    """Parameters that are made inside are not left in the store."""
+    store = pyro.get_param_store()
+    known = set(store.keys())
+    yield
+    for name in set(store.keys()) - known:
+        del store[name]
 
 
 @contextmanager
@@ -363,6 +373,33 @@ class InnerRun(Messenger):
             self.missing.discard(site.name)
             if not self.missing:
                 raise Halt(self)
+
+
+class ValuedRun(InnerRun):
+    """An inner run in which some sites have values, and observed ones their own.
+
+    :param values: values by name of the site.
+    """
+
+    def __init__(
+        self,
+        until: Collection[str],
+        shared: dict[str, Shared],
+        values: Mapping[str, torch.Tensor],
+    ) -> None:
+        super().__init__(until, shared)
+        self.values = values
+
+    def choose(self, msg: Message, site: Site) -> Any:
+        if site.name in self.values:
+            return self.values[site.name]
+        if site.deterministic:
+            return unwrapped(site.fn).v if msg["value"] is None else msg["value"]
+        return msg["value"] if site.observed else self.otherwise(site)
+
+    def otherwise(self, site: Site) -> torch.Tensor:
+        """The value of a random site that is not given one."""
+        raise NotImplementedError
 
 
 def _outside(msg: Message, site: Site | None) -> dict[int, int]:

@@ -15,7 +15,12 @@ import torch
 from pyro.poutine.runtime import Message
 
 from pyro_macro.errors import UnknownSite
-from pyro_macro.program.inner import InnerRun, Site, preserved_random_state
+from pyro_macro.program.inner import (
+    InnerRun,
+    Site,
+    preserved_params,
+    preserved_random_state,
+)
 from pyro_macro.program.tracking import tensors_in
 
 
@@ -100,13 +105,9 @@ def read(
     {'z': [], 'x': ['z'], 'y': ['x']}
     """
     values = values or {}
-    store = pyro.get_param_store()
-    known = set(store.keys())
     run = _ReadingRun(values)
-    with pyro.poutine.block():
+    with pyro.poutine.block(), preserved_params():
         run.run(model, model_args, model_kwargs or {})
-    for name in set(store.keys()) - known:
-        del store[name]
     for name in values:
         if name not in run.sites:
             raise UnknownSite.named("values", name, run.sites)

@@ -15,7 +15,7 @@ from torch import Tensor
 from pyro_macro.errors import NotAMicroState, OffFibre, PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.gaussian.fibre import choose_pivots
 from pyro_macro.laws.gaussian.law import GaussianLaw, GaussianProgram
-from pyro_macro.laws.upstream import Evidence
+from pyro_macro.laws.upstream import Evidence, refuse_parts
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import Shared, Site
 from pyro_macro.program.layout import Layout
@@ -276,14 +276,8 @@ class MicroState:
         if not law.joint:
             return rows, value, pivots
         # The total holds at each place of the joint plates: one equation for each
-        for frame in self.layout.frames:
-            if frame.name in law.joint and frame.full_size not in (None, frame.size):
-                raise UnsupportedLaw(
-                    f"{self.what}: the micro states along plate {frame.name!r} are "
-                    "dependent, through sites outside of it, and the plate is "
-                    "subsampled. Hold these sites with given=[...], or run the plate "
-                    "whole."
-                )
+        coupled = [f for f in self.layout.frames if f.name in law.joint]
+        refuse_parts(coupled, self.what)
         places = self._places(law)
         stand_in: Any = SimpleNamespace(
             name="value", frames=self.layout.frames, event_shape=value.shape[-1:]

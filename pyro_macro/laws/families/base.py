@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import cached_property, singledispatch
 from typing import Any, ClassVar
 
 import torch
@@ -13,10 +13,8 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_macro.errors import Infeasible
-from pyro_macro.laws.base import MicroFibre, MicroLaw
+from pyro_macro.laws.base import ENUMERABLE, EnumerableLaw, MicroFibre, MicroLaw
 from pyro_macro.laws.finite.sums import states_on
-
-ENUMERABLE = 10_000  # states, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +65,6 @@ class GivenSum(MicroLaw):
         self.value = value
         self.dtype = value.dtype
         shape = torch.broadcast_shapes(size.shape[:-1], value.shape)
-        self._base_shape = shape
         super().__init__(shape, size.shape[-1:])
 
     @property
@@ -156,7 +153,7 @@ class GivenSum(MicroLaw):
         )
 
 
-class CountsGivenSum(GivenSum):
+class CountsGivenSum(EnumerableLaw, GivenSum):
     """The same for counts: drawn by halving the total again and again."""
 
     is_count = True
@@ -185,8 +182,8 @@ class CountsGivenSum(GivenSum):
         """The largest value of each element, shape ``(K,)``."""
         return self.sum.max().expand(self.event_shape)
 
-    @property
-    def _states(self) -> Tensor | None:
+    @cached_property
+    def _states(self) -> Tensor | None:  # type: ignore[override]
         """All micro states on the fibre; ``None`` if there are too many."""
         total = int(self.sum.flatten()[0])
         if bool((self.sum != total).any()) or self.event_shape[0] > 64 or total > 1e4:
@@ -195,24 +192,6 @@ class CountsGivenSum(GivenSum):
         codes = torch.where(codes <= self._limits.unsqueeze(-1), codes, -1)
         allowed = torch.arange(total + 1) == total
         return states_on(codes.to(torch.long), allowed, ENUMERABLE)
-
-    @property
-    def has_enumerate_support(self) -> bool:  # type: ignore[override]
-        return self._states is not None
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        states = self._states
-        if states is None:
-            raise NotImplementedError(
-                f"{self.name}: the fibre differs along the batch, or has more than "
-                f"{ENUMERABLE} states."
-            )
-        states = states.to(self.dtype)
-        shape = (-1,) + (1,) * len(self.batch_shape) + self.event_shape
-        states = states.reshape(shape)
-        if expand:
-            states = states.expand(states.shape[:1] + self.batch_shape + (-1,))
-        return states
 
 
 def of_one_family(

@@ -17,13 +17,12 @@ from enum import IntEnum
 from typing import Any
 
 import torch
-from pyro.poutine.runtime import Message
 from torch import Size, Tensor
 
 from pyro_macro.errors import UnsupportedLaw
 from pyro_macro.laws.finite.sums import NEVER
 from pyro_macro.laws.upstream import Evidence, Upstream
-from pyro_macro.program.inner import InnerRun, Site, unwrapped
+from pyro_macro.program.inner import Site, ValuedRun, unwrapped
 from pyro_macro.program.layout import Layout
 
 CONFIGURATIONS = 1 << 20  # at most
@@ -85,21 +84,17 @@ def _never(base: Any, values: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.bool, device=values.device)
 
 
-class EnumeratedRun(InnerRun):
+class EnumeratedRun(ValuedRun):
     """An inner run in which some sites have many values at once."""
 
     def __init__(
         self, upstream: Upstream, until: Sequence[str], values: Mapping[str, Tensor]
     ) -> None:
-        super().__init__(until, upstream.shared)
-        self.values, self.before = values, upstream.sites
+        super().__init__(until, upstream.shared, values)
+        self.before = upstream.sites
 
-    def choose(self, msg: Message, site: Site) -> Any:
-        if site.name in self.values:
-            return self.values[site.name]
-        if site.deterministic:
-            return unwrapped(site.fn).v if msg["value"] is None else msg["value"]
-        return msg["value"] if site.observed else self.before[site.name].value
+    def otherwise(self, site: Site) -> Tensor:
+        return self.before[site.name].value
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions import constraints
 
-from pyro_macro.laws.base import MicroFibre, MicroLaw
+from pyro_macro.laws.base import ENUMERABLE, EnumerableLaw, MicroFibre
 from pyro_macro.laws.finite.sums import (
     NEVER,
     SumTree,
@@ -23,8 +23,6 @@ from pyro_macro.laws.finite.sums import (
     scatter_codes,
     states_on,
 )
-
-ENUMERABLE = 10_000  # states, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +57,7 @@ class Tables:
     batch: Size
 
 
-class FiniteLaw(MicroLaw):
+class FiniteLaw(EnumerableLaw):
     """``P(X | pi(X) = value)`` for sites of finite support, ancestors summed out.
 
     The macro value is a condition on a sum over parts (each element for itself, or
@@ -253,7 +251,7 @@ class FiniteLaw(MicroLaw):
         return torch.where(met, joint, NEVER)
 
     @cached_property
-    def _states(self) -> Tensor | None:
+    def _states(self) -> Tensor | None:  # type: ignore[override]
         """All states of the fibre; ``None`` if there are many, or they differ."""
         t = self.tables
         codes = t.codes.flatten(1)
@@ -275,22 +273,6 @@ class FiniteLaw(MicroLaw):
         vector = torch.empty_like(values, dtype=self.dtype)
         vector[:, t.places.flatten()] = values.to(self.dtype)
         return vector
-
-    @property
-    def has_enumerate_support(self) -> bool:  # type: ignore[override]
-        return self.event_shape[0] <= 64 and self._states is not None
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        states = self._states
-        if states is None:
-            raise NotImplementedError(
-                f"the fibre differs along the batch, or has more than {ENUMERABLE} "
-                "states."
-            )
-        states = states.reshape((-1,) + (1,) * len(self.batch_shape) + self.event_shape)
-        if expand:
-            states = states.expand(states.shape[:1] + self.batch_shape + (-1,))
-        return states
 
     @property
     def mean(self) -> Tensor:  # type: ignore[override]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from pyro_macro.laws.finite.configurations import (
 from pyro_macro.laws.finite.lattice import LONGEST, Codes, codes_of, is_lattice
 from pyro_macro.laws.finite.law import FiniteLaw, Tables
 from pyro_macro.laws.finite.sums import NEVER, SumTree, log_sum, scatter_codes
-from pyro_macro.laws.upstream import Evidence, Upstream
+from pyro_macro.laws.upstream import Evidence, Upstream, refuse_parts
 from pyro_macro.program.layout import Layout
 
 CELLS = 1 << 27  # of a table, at most
@@ -148,14 +149,7 @@ class _Reader:
         self.values = element_values(self.layout, supports)
         self.grouped = read.counts[Grade.GROUP] > 1
         self.what = fibre.what
-        for frame in read.joint:
-            if frame.full_size not in (None, frame.size):
-                raise UnsupportedLaw(
-                    f"{self.what}: the micro states along plate {frame.name!r} are "
-                    "dependent, through sites outside of it, and the plate is "
-                    "subsampled. Hold these sites with given=[...], or run the plate "
-                    "whole."
-                )
+        refuse_parts(read.joint, self.what)
         sites = [upstream.sites[name] for name in self.layout.names]
         joint = [f.name for f in read.joint]
         self.whole = Layout(sites, [*self.layout.over, *joint], self.what)
@@ -238,6 +232,7 @@ class _Reader:
         b, _, n_bs, _, o, _, e, v = table.shape
         return table.expand(b, g, n_bs, s, o, c, e, v)
 
+    @cached_property
     def _places(self) -> tuple[Tensor, Tensor]:
         """For ``(O, E)`` the element, for ``(Bs, O, E)`` the place in the vector."""
         layout = self.layout
@@ -268,6 +263,7 @@ class _Reader:
         )
         return torch.arange(widest) >= count.unsqueeze(-1)
 
+    @cached_property
     def _value(self) -> Tensor:
         """The macro value of each slot: ``(B, Bs)``, and ``(m,)`` for a vector."""
         value = self.read.padded(self.fibre.value.double(), self._event_dim)
@@ -282,16 +278,16 @@ class _Reader:
                 f"{parts.shape[1] * parts.shape[3] * parts.shape[5]} configurations "
                 f"of {self.read.latent}. Hold some of these with given=[...]."
             )
-        element, places = self._places()
+        element, places = self._places
         weights = self._weights()
         if is_sum:
-            sums = self.fibre.aggregation.as_sums(self.values, self._value())
+            sums = self.fibre.aggregation.as_sums(self.values, self._value)
             assert sums is not None
             codes = codes_of(sums)
             values = self.values[element].unsqueeze(-1)
             places = places.unsqueeze(-1)
             own = torch.where(self._is_padding(), -1, codes.codes)
-            own = own.expand(self._value().shape[:2] + self.values.shape)
+            own = own.expand(self._value.shape[:2] + self.values.shape)
             own = own[:, :, element]
             self._refuse_injective(own)
         else:
@@ -345,7 +341,7 @@ class _Reader:
         states = self.values.gather(-1, index.mT).mT  # (states, K)
         element = torch.arange(len(choices))
         joint = parts[..., element, index].sum(-1).unsqueeze(-2)
-        macro, value = self.fibre.aggregation(states), self._value()
+        macro, value = self.fibre.aggregation(states), self._value
         if len(macro) > 1 and len(macro.unique(dim=0)) == len(macro):
             raise NotAMicroState(
                 f"{self.what}: {self.fibre.aggregation!r} is injective on its "
@@ -413,7 +409,7 @@ class _Reader:
         inner = _Reader(self.upstream, fibre, self.read, supports, False)
         inner.batch, inner.grouped = self.batch, False
         parts = torch.cat([inner._elements(name) for name in layout.names], 6)
-        sums = fibre.aggregation.as_sums(inner.values, inner._value())
+        sums = fibre.aggregation.as_sums(inner.values, inner._value)
         if sums is None or not is_lattice(sums):
             raise UnsupportedLaw(
                 f"{self.what}: what is given, {e.name!r}, is {fibre.aggregation!r}. "
@@ -438,12 +434,12 @@ class _Reader:
 
     def constraint(self) -> MicroFibre:
         aggregation, event_dim = self.fibre.aggregation, self._event_dim
-        element, places = self._places()
+        element, places = self._places
         order = places.flatten(1)
         order = torch.empty_like(order).index_copy_(1, element.flatten(), order)
         by_place = self.values.new_empty((order.numel(), self.values.shape[-1]))
         by_place[order.flatten()] = self.values.repeat(len(order), 1)
-        value = self._value()
+        value = self._value
         shape = self._batch_shape() + value.shape[1:]
         value = value.reshape(shape)
         if len(order) == 1:
@@ -476,7 +472,7 @@ class _Reader:
             return
         tables = law.tables
         bad = (law.log_total.reshape(-1) <= NEVER / 2).nonzero()[0, 0]
-        value = self._value()
+        value = self._value
         value = value.expand(tables.parts.shape[:1] + value.shape[1:])[bad]
         shown = value.squeeze().tolist()
         rows = self.fibre.aggregation.weights(self.values[:, 0])
@@ -490,7 +486,7 @@ class _Reader:
     def _reachable(self, tables: Tables, rows: Tensor) -> str:
         """The values of a linear map, in words."""
         steps = is_lattice(
-            self.fibre.aggregation.as_sums(self.values, self._value()) or ()
+            self.fibre.aggregation.as_sums(self.values, self._value) or ()
         )
         possible = (tables.parts > NEVER).flatten(0, 5).any(0)
         if not steps or possible.shape != self.values.shape:

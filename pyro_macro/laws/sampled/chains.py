@@ -18,7 +18,6 @@ import torch
 from pyro.infer import MCMC, NUTS
 from pyro.infer.autoguide.initialization import init_to_sample
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
-from pyro.poutine.runtime import Message
 from torch import Size, Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform
@@ -30,7 +29,7 @@ from pyro_macro.laws.finite.configurations import finite_values
 from pyro_macro.laws.finite.tables import Fibre
 from pyro_macro.laws.sampled.coordinates import linear_coordinates, smooth_coordinates
 from pyro_macro.laws.upstream import Evidence, Upstream
-from pyro_macro.program.inner import InnerRun, Site, unwrapped
+from pyro_macro.program.inner import Site, ValuedRun, unwrapped
 from pyro_macro.program.substitution import Substituted, apart
 from pyro_macro.program.tracking import tensors_in
 
@@ -120,23 +119,20 @@ class SampledLaw(MicroLaw):
         )
 
 
-class _ReferenceRun(InnerRun):
+class _ReferenceRun(ValuedRun):
     """The same draws in every run of the same program."""
 
-    def __init__(self, upstream: Upstream, values: Mapping[str, Tensor]) -> None:
-        super().__init__(upstream.until, upstream.shared)
-        self.values = values
-
-    def choose(self, msg: Message, site: Site) -> Any:
-        if site.name in self.values:
-            return self.values[site.name]
-        if site.deterministic:
-            return unwrapped(site.fn).v if msg["value"] is None else msg["value"]
-        if site.observed:
-            return msg["value"]
+    def otherwise(self, site: Site) -> Tensor:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(len(self.sites))
             return site.fn.sample()
+
+
+def _reference(upstream: Upstream) -> dict[str, Site]:
+    """The sites of such a run."""
+    run = _ReferenceRun(upstream.until, upstream.shared, upstream.held)
+    run.run(*upstream.model)
+    return run.sites
 
 
 class OnFibre:
@@ -160,9 +156,7 @@ class OnFibre:
         ]
         self.known = [n for e in known for n in e.sites]
         self.counted += [n for n in self.known if n not in self.counted]
-        run = _ReferenceRun(upstream, upstream.held)
-        run.run(*upstream.model)
-        self.reference = run.sites
+        self.reference = _reference(upstream)
         self.held = dict(upstream.held)
         self.worlds = self._worlds()
         self.event_dim = fibre.aggregation.event_dim
@@ -213,16 +207,20 @@ class OnFibre:
             sizes |= {d: n for d, n in statement.outside.items()}
         return {d: n for d, n in sizes.items() if n > 1 and d not in layout.batch}
 
-    def identity(self, with_value: bool = True) -> str:
+    def identity(
+        self, with_value: bool = True, reference: Mapping[str, Site] | None = None
+    ) -> str:
         """What the law depends on, in short: equal for equal laws.
 
         :param with_value: whether that includes the macro value.
+        :param reference: the sites of another reference run than the own.
         """
+        sites = self.reference if reference is None else reference
         digest = hashlib.sha256()
         if with_value:
             digest.update(self._bytes(self.fibre.value))
         for name in self.counted:
-            site = self.reference[name]
+            site = sites[name]
             for tensor in tensors_in(site.fn):
                 digest.update(self._bytes(tensor))
             if name in self.known:
@@ -238,10 +236,7 @@ class OnFibre:
         before = self.identity()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(1)
-            run = _ReferenceRun(self.upstream, self.upstream.held)
-            run.run(*self.upstream.model)
-        self.reference, reference = run.sites, self.reference
-        after, self.reference = self.identity(), reference
+            after = self.identity(reference=_reference(self.upstream))
         if before != after:
             raise UnsupportedLaw(
                 f"{self.fibre.what}: two runs of the program at the same values "
