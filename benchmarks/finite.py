@@ -14,18 +14,17 @@ independent computation before any time is taken.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import pyro
 import pyro.distributions as dist
 import torch
+from natural import REPEATS, measure
 from torch import Tensor
 
 import pyro_macro as pm
 
-DRAWS, REPEATS = 10_000, 7
+DRAWS = 10_000
 COUNT = pm.MacroVariable("count", micro="x", over="trials")
 
 
@@ -86,13 +85,7 @@ def main() -> None:
         assert (drawn.sum(-1) == total).all()
         error = (drawn.mean(0) - marginal).abs() / (0.25 / DRAWS) ** 0.5
         assert error.max() < 5, error.max()
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(REPEATS):
-            for name, way in ways.items():
-                start = time.process_time()
-                way()
-                times[name].append(1e3 * (time.process_time() - start))
-        found = {name: statistics.median(values) for name, values in times.items()}
+        found = measure(ways)
         plain = found["no intervention"]
         found["rejection, in theory"] = plain / probability.item()
         for name, value in found.items():

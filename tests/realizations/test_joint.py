@@ -13,13 +13,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from composition.models import A, B, given_total, stores, stores_law
 from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 import pyro_macro as pm
 
-A = pm.MacroVariable("A", micro=["a1", "a2"])
-B = pm.MacroVariable("B", micro=["b1", "b2"])
 NAMES = ["a1", "a2", "b1", "b2"]
 
 
@@ -31,26 +30,9 @@ def draw(model, names, n):
 
 # Gaussian
 
-SLOPE = torch.tensor([1.0, 1.0, -1.0, 3.0], dtype=torch.float64)
-OWN = torch.tensor([1.0, 4.0, 1.0, 2.25], dtype=torch.float64)
-MEAN = torch.tensor([1.5, 2.5, 2.5, 2.5], dtype=torch.float64)
-
-
-def stores():
-    z = pyro.sample("z", dist.Normal(0.5, 1.0))
-    a1 = pyro.sample("a1", dist.Normal(1 + z, 1.0))
-    b1 = pyro.sample("b1", dist.Normal(3 - z, 1.0))
-    a2 = pyro.sample("a2", dist.Normal(2 + z, 2.0))
-    b2 = pyro.sample("b2", dist.Normal(1 + 3 * z, 1.5))
-    pyro.sample("y", dist.Normal(a1 + 2 * a2 + 3 * b1 - b2 + z, 0.5))
-
 
 def conditional(rows, values):
-    cov = OWN.diag() + SLOPE.outer(SLOPE)
-    rows = torch.as_tensor(rows, dtype=torch.float64)
-    gain = cov @ rows.T @ torch.linalg.inv(rows @ cov @ rows.T)
-    values = torch.as_tensor(values, dtype=torch.float64)
-    return MEAN + gain @ (values - rows @ MEAN), cov - gain @ rows @ cov
+    return given_total(*stores_law(), rows, values)
 
 
 def test_dependent_totals_of_a_gaussian_program_have_their_joint_law():
