@@ -156,7 +156,10 @@ def test_the_user_s_random_state_and_parameters_stay_as_they_were():
     torch.testing.assert_close(site(again)["value"], drawn[0][:2], rtol=0, atol=0)
 
 
-def test_no_progress_bar_is_silent_and_one_is_shown_by_default(capfd):
+def test_no_progress_bar_is_silent_and_one_is_shown_by_default(capfd, monkeypatch):
+    # Pyro shows no bars where these variables are set.
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     law_of(gammas, PAIR, 3.0, TINY)
     captured = capfd.readouterr()
     assert captured.out == "" and captured.err == ""
