@@ -14,6 +14,8 @@ from pyro_macro.aggregation import (
     Min,
     Sum,
 )
+from pyro_macro.backdoor import is_macro_backdoor, macro_backdoor_sets
+from pyro_macro.drawing import render
 from pyro_macro.errors import (
     CyclicPartition,
     Infeasible,
@@ -24,13 +26,40 @@ from pyro_macro.errors import (
     UnknownSite,
     UnsupportedLaw,
 )
+from pyro_macro.graphs import (
+    amalgamated_graph,
+    intervention_graph,
+    macro_graph,
+    micro_graph,
+)
 from pyro_macro.handlers import aggregate, macro_do
 from pyro_macro.laws.sampled.chains import Chains, NotConverged
 from pyro_macro.laws.sampled.flow import Flow
 from pyro_macro.macro import MacroVariable
+from pyro_macro.questions.adjustment import (
+    NotAdjusted,
+    blocks_backdoor,
+    irrelevant_cause,
+    macro_adjust,
+)
+from pyro_macro.questions.coordinates import (
+    change_of_coordinates,
+    direction_of,
+)
+from pyro_macro.questions.feasibility import can_inhibit, structural_coefficient
+from pyro_macro.questions.noise import macro_noise
+from pyro_macro.questions.paradox import paradox
+from pyro_macro.questions.scm import macro_scm_exists
+from pyro_macro.questions.shifts import (
+    atomic_from_shifts,
+    shift_confounding,
+    shift_from_atomics,
+)
+from pyro_macro.questions.verdict import confounding
 from pyro_macro.realizations import (
     Allocate,
     Explicit,
+    Inhibiting,
     MaxEntropy,
     Natural,
     Proportional,
@@ -55,6 +84,7 @@ __all__ = [
     "Explicit",
     "Flow",
     "Infeasible",
+    "Inhibiting",
     "InterventionNotAllowed",
     "Linear",
     "MacroVariable",
@@ -72,5 +102,27 @@ __all__ = [
     "UnknownSite",
     "UnsupportedLaw",
     "aggregate",
+    "atomic_from_shifts",
+    "blocks_backdoor",
+    "can_inhibit",
+    "confounding",
+    "irrelevant_cause",
+    "macro_adjust",
+    "macro_noise",
+    "macro_scm_exists",
+    "shift_confounding",
+    "shift_from_atomics",
+    "structural_coefficient",
+    "NotAdjusted",
+    "amalgamated_graph",
+    "change_of_coordinates",
+    "direction_of",
+    "intervention_graph",
+    "is_macro_backdoor",
+    "macro_backdoor_sets",
     "macro_do",
+    "macro_graph",
+    "micro_graph",
+    "paradox",
+    "render",
 ]

@@ -53,6 +53,13 @@ class OnTheFly:
         :param latent: the names of those among them that are random.
         :param shared: the parameters and subsamples so far.
         """
+        if self.realization.looks_downstream:
+            raise UnsupportedLaw(
+                f"macro-variable {self.macro.name!r}: "
+                f"{type(self.realization).__name__} depends on what follows from the "
+                "micro state, which macro_do does not see as a context manager. Wrap "
+                "the model: macro_do(model, interventions)."
+            )
         what = f"macro-variable {self.macro.name!r}: given"
         given = self.realization.given
         for thing in given:

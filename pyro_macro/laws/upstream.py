@@ -81,6 +81,7 @@ class Upstream:
     :param until: all sites to see, micro sites among them.
     :param shared: statements executed already.
     :param held: values of sites that are held.
+    :param cut: sites that are set, so that what follows is a function of their values.
     :ivar sites: the sites, each Gaussian one at the centre of its noise.
     """
 
@@ -91,6 +92,7 @@ class Upstream:
         until: Sequence[str],
         shared: dict[str, Shared],
         held: Mapping[str, Tensor],
+        cut: Sequence[str] = (),
     ) -> None:
         self.model, self.until = model, tuple(until)
         self.micro, self.held, self.shared = tuple(micro), held, shared
@@ -99,7 +101,7 @@ class Upstream:
 
         def run(probe: int) -> NoiseRun:
             before = self.sites if probe else None
-            result = NoiseRun(until, shared, held, micro, probe, before)
+            result = NoiseRun(until, shared, held, micro, probe, before, cut)
             with torch.set_grad_enabled(with_gradients or probe == 0):
                 result.run(*model)
             return result

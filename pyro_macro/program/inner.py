@@ -97,15 +97,28 @@ class Site:
 
     def with_value(self, msg: Message) -> Site:
         """The same site, once the message has come back with a value."""
-        value, shape = msg["value"], self.event_shape
+        value: Any = msg["value"]
+        shape = self._event_shape(value, msg["cond_indep_stack"])
+        return replace(self, value=value, event_shape=shape)
+
+    def _event_shape(self, value: Any, frames: Iterable[Any]) -> torch.Size:
+        shape = self.event_shape
         if self.deterministic and isinstance(value, torch.Tensor):
             # `pyro.deterministic` by default counts all dimensions of a value as event
             # dimensions, those of plates among them.
-            frames = msg["cond_indep_stack"]
             depth = max((-(f.dim or 0) for f in frames), default=0)
             if len(shape) + depth > value.dim():
                 shape = value.shape[min(depth, value.dim()) :]
-        return replace(self, value=value, event_shape=shape)  # type: ignore[arg-type]
+        return shape
+
+    def expanded(self, value: torch.Tensor) -> torch.Tensor:
+        """A value of this site, of the size of the plates around it."""
+        event = self._event_shape(value, self.frames)
+        sizes = {f.dim: f.size for f in self.frames if f.vectorized}
+        depth = max((-dim for dim in sizes), default=0)
+        plates = tuple(sizes.get(dim, 1) for dim in range(-depth, 0))
+        batch = value.shape[: value.dim() - len(event)]
+        return value.expand(torch.broadcast_shapes(batch, plates) + event)
 
 
 @dataclass(frozen=True, eq=False)

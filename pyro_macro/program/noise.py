@@ -213,11 +213,15 @@ class NoiseRun(InnerRun):
         of large noise, with which they are checked.
 
     :param before: the sites of the run under noise zero, if this one is a probe.
+    :param cut: sites whose values are set: what is computed from them is a function of
+        these, and no longer of the noise behind them.
 
     :ivar forms: the noise form of each Gaussian site.
     :ivar noises: the groups of noises, by key (only for noise zero).
     :ivar drawn: the noise that was put in, by key.
-    :ivar expressions: for held and observed Gaussian sites, what they would have been.
+    :ivar leaves: what the sites in ``cut`` are set to, by name.
+    :ivar expressions: for sites that are held, observed or cut, and Gaussian or
+        deterministic, what they would have been.
     :ivar opaque: sites that are not Gaussian, with their distributions.
     """
 
@@ -229,9 +233,11 @@ class NoiseRun(InnerRun):
         micro: Collection[str],
         probe: int = 0,
         before: Mapping[str, Site] | None = None,
+        cut: Collection[str] = (),
     ) -> None:
         super().__init__(until, shared)
-        self.held, self.micro, self.probe = held, micro, probe
+        self.held, self.micro, self.probe, self.cut = held, micro, probe, cut
+        self.leaves: dict[str, Tensor] = {}
         self.before = before or {}
         self.forms: dict[str, NoiseForm] = {}
         self.noises: dict[Key, Noise] = {}
@@ -240,8 +246,26 @@ class NoiseRun(InnerRun):
         self.opaque: dict[str, Any] = {}
 
     def choose(self, msg: Message, site: Site) -> Any:
-        if site.name in self.micro:
+        if site.name in self.micro or site.name in self.cut:
             refuse_fixed(msg, "macro_do")
+        value = self._chosen(msg, site)
+        if site.name not in self.cut or site.name in self.opaque:
+            return value
+        self.expressions[site.name] = value = site.expanded(value)
+        self.leaves[site.name] = self._leaf(value)
+        return self.leaves[site.name]
+
+    def _leaf(self, value: Tensor) -> Tensor:
+        """What a site is set to: away from its own value, if this run is a probe."""
+        value = value.detach().clone()
+        if not self.probe:
+            return value.requires_grad_()
+        generator = torch.Generator().manual_seed(len(self.leaves) + 1000)
+        move = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        move = self.probe * (move + 3 * move.sign())
+        return value + move.to(value) * (1 + value.abs())
+
+    def _chosen(self, msg: Message, site: Site) -> Any:
         form = noise_form(site.fn)
         fixed = self.held.get(site.name, msg["value"] if site.observed else None)
         if site.deterministic:
@@ -265,6 +289,8 @@ class NoiseRun(InnerRun):
         return fixed
 
     def is_noisy(self, site: Site, from_parents: bool) -> bool:
+        if site.name in self.cut:
+            return True
         if site.name in self.held or site.observed:
             return False
         return from_parents if site.deterministic else True

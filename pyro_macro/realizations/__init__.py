@@ -6,6 +6,7 @@
 from pyro_macro.realizations.allocate import Allocate
 from pyro_macro.realizations.base import MicroState, Realization, Realized
 from pyro_macro.realizations.explicit import Explicit
+from pyro_macro.realizations.inhibiting import Inhibiting
 from pyro_macro.realizations.maxentropy import MaxEntropy
 from pyro_macro.realizations.natural import Natural
 from pyro_macro.realizations.proportional import Proportional
@@ -15,6 +16,7 @@ from pyro_macro.realizations.shift import Shift
 __all__ = [
     "Allocate",
     "Explicit",
+    "Inhibiting",
     "MaxEntropy",
     "MicroState",
     "Natural",

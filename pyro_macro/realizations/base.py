@@ -329,6 +329,7 @@ class Realization(ABC):
     :ivar given: sites or macro-variables that are held at their value in the run.
     :cvar acts_on_natural: whether it changes the micro state that nature has drawn,
         instead of replacing it.
+    :cvar looks_downstream: whether it depends on what follows from the micro state.
     :cvar draws_own_law: whether it draws from the law of the micro state in the
         program, so that it matters what else depends on the same sites.
     """
@@ -336,6 +337,7 @@ class Realization(ABC):
     given: Any = ()
     acts_on_natural: bool = False
     draws_own_law: bool = False
+    looks_downstream: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "given", _as_given(self.given))

@@ -84,6 +84,16 @@ def _never(base: Any, values: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.bool, device=values.device)
 
 
+def log_prob_of(fn: Any, value: Tensor, site: Site) -> Tensor:
+    """The log probability of a site's value; :data:`NEVER` where it cannot be."""
+    result = fn.log_prob(value).double().clamp(min=NEVER)
+    never = _never(unwrapped(fn), torch.as_tensor(value))
+    event = len(site.event_shape)
+    if never.dim() and event:
+        never = never.expand(result.shape + site.event_shape).flatten(-event).any(-1)
+    return torch.where(never, NEVER, result)
+
+
 class EnumeratedRun(ValuedRun):
     """An inner run in which some sites have many values at once."""
 
@@ -310,14 +320,7 @@ class Configurations:
         """The log probability of a site's own value, shape ``(1, ...)``."""
         site = run.sites[name]
         value = values.get(name, site.value)
-        result = site.fn.log_prob(value).double().clamp(min=NEVER)
-        never = _never(unwrapped(site.fn), torch.as_tensor(value))
-        event = len(site.event_shape)
-        if never.dim() and event:
-            never = (
-                never.expand(result.shape + site.event_shape).flatten(-event).any(-1)
-            )
-        return torch.where(never, NEVER, result).unsqueeze(0)
+        return log_prob_of(site.fn, value, site).unsqueeze(0)
 
     def weight(self, name: str, keep: Sequence[Any]) -> Tensor:
         """The log probability of a site's value, ``(G, S, C, depth)``.

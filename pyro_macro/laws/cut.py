@@ -1,0 +1,92 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A program whose micro sites are set, as questions about it need it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from pyro_macro.errors import UnsupportedLaw
+from pyro_macro.laws.quantity import Quantity, Thing, names_of
+from pyro_macro.laws.upstream import Upstream
+from pyro_macro.program.inner import Shared
+
+Model = tuple[Callable[..., Any], tuple, dict]
+
+
+class Cut(Upstream):
+    """A program read up to some quantities, its micro sites being set.
+
+    :param model: the program, with its arguments.
+    :param cause: the macro-variable that is intervened on.
+    :param others: the effect, and what else is asked about.
+    :param shared: statements executed already.
+    :raises NotAMicroState: if one micro site is upstream of another.
+    :raises UnknownSite: if the program lacks a site.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        cause: Thing,
+        others: Mapping[str, Sequence[Thing]],
+        shared: dict[str, Shared] | None = None,
+    ) -> None:
+        micro = names_of(cause)
+        things = [thing for group in others.values() for thing in group]
+        until = [*micro, *(n for thing in things for n in names_of(thing))]
+        known = {} if shared is None else shared
+        super().__init__(model, (), until, known, {}, micro)
+        self.cause = Quantity(cause, self.sites, "macro-variable")
+        self.refuse_paths(micro, self.cause.what)
+        self.others = {
+            role: [Quantity(thing, self.sites, role) for thing in group]
+            for role, group in others.items()
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """All sites that are asked about."""
+        others = [q for group in self.others.values() for q in group]
+        return list(dict.fromkeys(n for q in [self.cause, *others] for n in q.sites))
+
+    @property
+    def depth(self) -> int:
+        """The number of dimensions to the left of which new ones may stand."""
+        sites = self.sites.values()
+        return max(
+            [s.value.dim() - len(s.event_shape) for s in sites]
+            + [-(f.dim or 0) for s in sites for f in s.frames]
+        )
+
+    @cached_property
+    def relevant_sites(self) -> set[str]:
+        """The random sites that these depend on, themselves among them."""
+        return self.latent_sources(self.names)
+
+    def is_differentiable(self) -> bool:
+        """Whether anything that is asked about depends on parameters with gradients."""
+        if not torch.is_grad_enabled():
+            return False
+        sites = self.probes[0].sites
+        return any(sites[name].value.requires_grad for name in self.names)
+
+    def refuse_observed(self) -> None:
+        """An error if observations tell of what is asked about."""
+        for name, site in self.sites.items():
+            if not site.observed:
+                continue
+            latent = self.unfixed(self.ancestors([name])) & self.relevant_sites
+            if name in self.names or latent:
+                found = f", which depends on {sorted(latent)}" if latent else ""
+                raise UnsupportedLaw(
+                    f"{self.cause.what}: site {name!r} is observed{found}, and the "
+                    "question is about the program before it has seen anything. "
+                    "Leave the observation out (no `obs=`, `poutine.uncondition`), or "
+                    "hold what it depends on with `poutine.condition`."
+                )

@@ -1,0 +1,298 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Macro-variables in larger graphs: what blocks what, and back-door adjustment."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from pyro_macro.errors import PyroMacroError
+from pyro_macro.laws.finite.effect import FiniteEffect
+from pyro_macro.laws.gaussian.effect import AffineEffect
+from pyro_macro.laws.moments import Moments
+from pyro_macro.laws.quantity import Thing, name_of
+from pyro_macro.macro import MacroVariable
+from pyro_macro.questions.question import Question
+from pyro_macro.reports import AdjustmentReport, IndependenceReport
+
+EXACT = 1e-9  # a conditional correlation or a distance below this is rounding
+
+
+class NotAdjusted(UserWarning):
+    """An adjustment whose condition does not hold."""
+
+
+def irrelevant_cause(
+    model: Callable[..., Any],
+    earlier: MacroVariable | str,
+    cause: MacroVariable,
+    effect: MacroVariable | str,
+    *,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+) -> IndependenceReport:
+    """Whether it does not matter what an earlier macro-variable was.
+
+    Lemma 10 (irrelevance of causes of causes): in a chain ``X -> Y -> Z`` the
+    realizations ``P(Y | yb)`` and ``P(Y | yb, xb)`` have the same effect on ``Zb`` if
+    and only if ``Xb`` is independent of ``Zb`` given ``Yb`` (12). Otherwise the chain
+    of the macro-variables needs an arrow from ``Xb`` to ``Zb``.
+
+    :param earlier: ``Xb``: not downstream of the cause.
+    :param cause: ``Yb``.
+    :param effect: ``Zb``.
+    :raises UnsupportedLaw: if the program is neither affine-Gaussian nor finite.
+
+    >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
+    >>> def chain(spread):
+    ...     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    ...     y = pyro.sample("y", dist.Normal(x, torch.tensor(spread)).to_event(1))
+    ...     pyro.sample("z", dist.Normal(y @ torch.tensor([1.0, 3.0]), 1.0))
+    >>> xb, yb = pm.MacroVariable("xb", "x"), pm.MacroVariable("yb", "y")
+    >>> pm.irrelevant_cause(chain, xb, yb, "z", model_args=([1.0, 1.0],)).holds
+    True
+    >>> pm.irrelevant_cause(chain, xb, yb, "z", model_args=([1.0, 2.0],)).holds
+    False
+    """
+    question = Question(
+        model, cause, effect, model_args, model_kwargs, given=(earlier,)
+    )
+    statement = (
+        f"{name_of(earlier)} is independent of {name_of(effect)} given {cause.name}"
+    )
+    if question.affine is not None:
+        b = question.affine.cause.size
+        joint = question.affine.joint()
+        left = joint.given(slice(0, b), joint.mean[:b])
+        e = question.affine.effect.size
+        crossed = left.covariance[:e, e:]
+        spread = joint.variance[b:].sqrt()
+        scale = spread[:e, None] * spread[None, e:]
+        return _affine_report(statement, crossed, scale, question)
+    if question.finite is not None:
+        table = _by_context(question.finite)  # (C, B, Y)
+        return _finite_report(statement, _from_product(table.transpose(0, 1)), question)
+    raise question.unsupported("Lemma 10's criterion")
+
+
+def blocks_backdoor(
+    model: Callable[..., Any],
+    cause: MacroVariable,
+    effect: MacroVariable | str,
+    adjustment: Sequence[Thing] | Thing = (),
+    *,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+) -> IndependenceReport:
+    """Whether adjusting for something deconfounds the micro state and the effect.
+
+    Conditions (14) and (15), of Lemma 11 and Theorem 4.1: the effect with the micro
+    state *set* is independent of the micro state as it *would have been*, given the
+    adjustment. Then ``P(Yb | do(xb), b) = P(Yb | xb, b)`` under the micro-realization
+    ``P(X | xb, b)``.
+
+    :param adjustment: macro-variables or sites that the cause does not act on.
+    :raises UnsupportedLaw: if the program is neither affine-Gaussian nor finite.
+    """
+    question = _adjusting(model, cause, effect, adjustment, model_args, model_kwargs)
+    return _condition(question)
+
+
+def _adjusting(
+    model: Callable[..., Any],
+    cause: MacroVariable,
+    effect: MacroVariable | str,
+    adjustment: Sequence[Thing] | Thing,
+    model_args: tuple,
+    model_kwargs: dict[str, Any] | None,
+) -> Question:
+    single = isinstance(adjustment, (str, MacroVariable))
+    listed: Any = (adjustment,) if single else adjustment
+    things = tuple(listed)
+    return Question(model, cause, effect, model_args, model_kwargs, given=things)
+
+
+def _condition(question: Question) -> IndependenceReport:
+    names = [q.name for q in question.cut.others["given"]]
+    given = f" given {names}" if names else ""
+    statement = (
+        f"(15): {name_of(question.effect)} with the micro state of "
+        f"{question.cause.name} set is independent of that state{given}"
+    )
+    if question.affine is not None:
+        crossed, scale = question.affine.crossed_given_others()
+        return _affine_report(statement, crossed, scale, question)
+    if question.finite is not None:
+        return _finite_report(
+            statement, _set_against_natural(question.finite), question
+        )
+    raise question.unsupported("condition (15)")
+
+
+def _affine_report(
+    statement: str, crossed: Tensor, scale: Tensor, question: Question
+) -> IndependenceReport:
+    ratio = crossed.abs() / scale.clamp(min=1e-300)
+    deviation = float(torch.where(scale > 0, ratio, 0.0).max()) if len(ratio) else 0.0
+    limit = max(EXACT, 100 * question.precision)
+    return IndependenceReport(
+        statement, deviation <= limit, deviation, "exact: affine-Gaussian"
+    )
+
+
+def _finite_report(
+    statement: str, deviation: float, question: Question
+) -> IndependenceReport:
+    limit = max(EXACT, 100 * question.precision)
+    return IndependenceReport(statement, deviation <= limit, deviation, "exact: finite")
+
+
+def _by_context(finite: FiniteEffect) -> Tensor:
+    """``P(c, xb, yb)`` for the values ``c`` of the other quantities: ``(C, B, Y)``."""
+    _, context_of = finite.contexts
+    parts = []
+    for c in range(int(context_of.max()) + 1):
+        inside = (context_of == c).double().log()
+        weight = finite.before + inside
+        parts.append(finite.macro(finite.summed(weight[:, None] + finite.state)))
+    return torch.stack(parts)
+
+
+def _from_product(table: Tensor) -> float:
+    """How far slices of a table are from products, ``(slices, A, B)``."""
+    total = table.sum((-1, -2), keepdim=True)
+    table = table / total.clamp(min=1e-300)
+    product = table.sum(-1, keepdim=True) * table.sum(-2, keepdim=True)
+    apart = (table - product).abs().sum((-1, -2)) / 2
+    return float(torch.where(total[:, 0, 0] > 0, apart, 0.0).max())
+
+
+def _set_against_natural(finite: FiniteEffect) -> float:
+    """The deviation from (15): over contexts, and states that are set."""
+    _, context_of = finite.contexts
+    worst = 0.0
+    for c in range(int(context_of.max()) + 1):
+        inside = context_of == c
+        before = finite.before[inside].exp()
+        natural = (before[:, None] * finite.state[inside].exp()).mT  # (X', U)
+        for x in range(len(finite.states)):
+            effect = finite.by_context[inside, x]  # (U, Y)
+            worst = max(worst, _from_product((natural @ effect).unsqueeze(0)))
+    return worst
+
+
+def macro_adjust(
+    model: Callable[..., Any],
+    cause: MacroVariable,
+    effect: MacroVariable | str,
+    adjustment: Sequence[Thing] | Thing,
+    at: Any = None,
+    *,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+) -> AdjustmentReport:
+    """The effect of a macro-variable by back-door adjustment.
+
+    Theorem 4.1: ``P(Yb | do(xb)) = sum_b P(Yb | xb, b) P(b)`` with respect to the
+    micro-realization ``P(X | xb, b)``, which is ``Natural(xb, given=adjustment)``, if
+    condition (15) holds. That is checked; a :class:`NotAdjusted` warning is given where
+    it does not hold, and the report holds both sides.
+
+    :param adjustment: macro-variables or sites that the cause does not act on.
+    :param at: macro values; by default quantiles of ``P(xb)``, or all where few.
+    :raises UnsupportedLaw: if the program is neither affine-Gaussian nor finite.
+    :raises PyroMacroError: if something in the adjustment is downstream of the cause.
+
+    >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
+    >>> def shop():
+    ...     z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    ...     x1 = pyro.sample("x1", dist.Normal(z, 1.0))
+    ...     x2 = pyro.sample("x2", dist.Normal(z, 1.0))
+    ...     pyro.sample("revenue", dist.Normal(x1 + x2 - 3 * z, 1.0))
+    >>> sales = pm.MacroVariable("sales", micro=["x1", "x2"])
+    >>> report = pm.macro_adjust(shop, sales, "revenue", ["z"], at=[0.0, 1.0])
+    >>> report.condition.holds, report.mean.tolist(), report.observational_mean.tolist()
+    (True, [0.0, 1.0], [0.0, 0.0])
+    """
+    question = _adjusting(model, cause, effect, adjustment, model_args, model_kwargs)
+    if not question.cut.others["given"]:
+        raise PyroMacroError(
+            f"{question.what}: nothing is adjusted for. Expected macro-variables or "
+            "sites that the cause does not act on; confounding is about none."
+        )
+    if question.affine is None and question.finite is None:
+        raise question.unsupported("the adjusted effect")
+    at = question.default_at() if at is None else question.values(at)
+    if question.affine is not None:
+        laws, method = (
+            _affine_laws(question.affine, question.spread(at)),
+            "affine-Gaussian",
+        )
+    else:
+        assert question.finite is not None
+        laws, method = _finite_laws(question.finite, question.index(at)), "finite"
+    condition = _condition(question)
+    if not condition.holds:
+        warnings.warn(
+            f"{question.what}: {condition.statement} does not hold (deviation "
+            f"{condition.deviation:.2g}), so that the adjusted effect is not that of "
+            "Natural(value, given=adjustment). Adjust for more, or compare with "
+            "interventional_mean in the report.",
+            NotAdjusted,
+            stacklevel=2,
+        )
+    shape = Size([len(at)]) + question.cut.others["effect"][0].shape
+    adjusted, seen, done = laws
+    return AdjustmentReport(
+        cause=cause.name,
+        effect=name_of(effect),
+        adjustment=tuple(q.name for q in question.cut.others["given"]),
+        at=at,
+        mean=adjusted.mean.reshape(shape),
+        variance=adjusted.variance.reshape(shape),
+        observational_mean=seen.mean.reshape(shape),
+        observational_variance=seen.variance.reshape(shape),
+        interventional_mean=done.mean.reshape(shape),
+        interventional_variance=done.variance.reshape(shape),
+        condition=condition,
+        method=f"exact: {method}",
+    )
+
+
+def _affine_laws(
+    affine: AffineEffect, value: Tensor
+) -> tuple[Moments, Moments, Moments]:
+    """The adjusted, the observational and the interventional law of the effect."""
+    b, e = affine.cause.size, affine.effect.size
+    joint = affine.joint()
+    known = [*range(b), *range(b + e, len(joint.mean))]
+    context = joint.mean[b + e :].expand(len(value), -1)
+    left = joint.given(known, torch.cat([value, context], -1))
+    within = joint.covariance[known][:, known]
+    slopes = joint.covariance[b : b + e][:, known] @ torch.linalg.pinv(
+        within, hermitian=True
+    )
+    others = slopes[:, b:]
+    more = others @ joint.covariance[b + e :, b + e :] @ others.mT
+    adjusted = Moments(left.mean, left.covariance + more)
+    return adjusted, affine.effect_given(value), affine.effect_adjusted(value)
+
+
+def _finite_laws(
+    finite: FiniteEffect, index: Tensor
+) -> tuple[Moments, Moments, Moments]:
+    table = _by_context(finite)[:, index]  # (C, n, Y)
+    p_context = torch.zeros(len(table), dtype=torch.float64)
+    p_context.index_add_(0, finite.contexts[1], finite.before.exp())
+    done = finite.effect_adjusted(index)  # refuses what no context allows
+    given = table / table.sum(-1, keepdim=True).clamp(min=1e-300)
+    adjusted = torch.einsum("c,cny->ny", p_context, given)
+    laws = (adjusted, finite.effect_given(index), done)
+    one, other, third = (finite.moments(law) for law in laws)
+    return one, other, third
