@@ -70,4 +70,6 @@ class Quantity:
         result = result if self._map is None else self._map(result.double())
         between = depth - len(self.layout.batch_shape)
         shape = tuple(lead) + (1,) * between * bool(lead) + self._stacked
+        while result.dim() > len(shape):
+            result = result.squeeze(0)  # where plates were that are in the vector
         return result.double().expand(shape).reshape(tuple(lead) + (self.size,))

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,9 +18,11 @@ from pyro_macro.errors import PyroMacroError
 from pyro_macro.laws.finite.effect import FiniteEffect
 from pyro_macro.laws.gaussian.effect import AffineEffect
 from pyro_macro.laws.moments import Moments
-from pyro_macro.laws.quantity import Thing, name_of
+from pyro_macro.laws.quantity import Quantity, Thing, name_of
 from pyro_macro.macro import MacroVariable
+from pyro_macro.questions.dependence import independence
 from pyro_macro.questions.question import Question
+from pyro_macro.questions.sampling import Sampler, Split
 from pyro_macro.reports import AdjustmentReport, IndependenceReport
 
 EXACT = 1e-9  # a conditional correlation or a distance below this is rounding
@@ -36,6 +40,10 @@ def irrelevant_cause(
     *,
     model_args: tuple = (),
     model_kwargs: dict[str, Any] | None = None,
+    num_samples: int = 300,
+    level: float = 0.01,
+    seed: int = 0,
+    progress: bool = True,
 ) -> IndependenceReport:
     """Whether it does not matter what an earlier macro-variable was.
 
@@ -47,7 +55,11 @@ def irrelevant_cause(
     :param earlier: ``Xb``: not downstream of the cause.
     :param cause: ``Yb``.
     :param effect: ``Zb``.
-    :raises UnsupportedLaw: if the program is neither affine-Gaussian nor finite.
+    :param num_samples: in other programs than affine-Gaussian and finite ones, where
+        the criterion is tested: by a permutation test on distance correlation, with
+        draws given each of some values of the cause.
+    :param level: of that test; not being rejected does not show that it holds.
+    :raises UnsupportedLaw: if such draws cannot be made.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
     >>> def chain(spread):
@@ -63,6 +75,7 @@ def irrelevant_cause(
     question = Question(
         model, cause, effect, model_args, model_kwargs, given=(earlier,)
     )
+    drawn = _Drawn(question, num_samples, level, seed, progress)
     statement = (
         f"{name_of(earlier)} is independent of {name_of(effect)} given {cause.name}"
     )
@@ -78,7 +91,11 @@ def irrelevant_cause(
     if question.finite is not None:
         table = _by_context(question.finite)  # (C, B, Y)
         return _finite_report(statement, _from_product(table.transpose(0, 1)), question)
-    raise question.unsupported("Lemma 10's criterion")
+    earlier_one, effect_one = (
+        question.cut.others[role][0] for role in ("given", "effect")
+    )
+    at = drawn.quantiles(question.cut.cause)
+    return drawn.test(statement, at, question.cut.cause, [earlier_one], effect_one)
 
 
 def blocks_backdoor(
@@ -89,6 +106,10 @@ def blocks_backdoor(
     *,
     model_args: tuple = (),
     model_kwargs: dict[str, Any] | None = None,
+    num_samples: int = 300,
+    level: float = 0.01,
+    seed: int = 0,
+    progress: bool = True,
 ) -> IndependenceReport:
     """Whether adjusting for something deconfounds the micro state and the effect.
 
@@ -98,10 +119,14 @@ def blocks_backdoor(
     ``P(X | xb, b)``.
 
     :param adjustment: macro-variables or sites that the cause does not act on.
-    :raises UnsupportedLaw: if the program is neither affine-Gaussian nor finite.
+    :param num_samples: in other programs than affine-Gaussian and finite ones, where
+        the condition is tested: by a permutation test on distance correlation, with
+        draws given each of some values of the adjustment, at some micro states.
+    :param level: of that test; not being rejected does not show that it holds.
+    :raises UnsupportedLaw: if such draws cannot be made.
     """
     question = _adjusting(model, cause, effect, adjustment, model_args, model_kwargs)
-    return _condition(question)
+    return _condition(question, _Drawn(question, num_samples, level, seed, progress))
 
 
 def _adjusting(
@@ -118,7 +143,7 @@ def _adjusting(
     return Question(model, cause, effect, model_args, model_kwargs, given=things)
 
 
-def _condition(question: Question) -> IndependenceReport:
+def _condition(question: Question, drawn: _Drawn) -> IndependenceReport:
     names = [q.name for q in question.cut.others["given"]]
     given = f" given {names}" if names else ""
     statement = (
@@ -132,7 +157,86 @@ def _condition(question: Question) -> IndependenceReport:
         return _finite_report(
             statement, _set_against_natural(question.finite), question
         )
-    raise question.unsupported("condition (15)")
+    effect, adjusted = question.cut.others["effect"][0], question.cut.others["given"]
+    state = [Quantity(n, question.cut.sites, "site") for n in question.cause.micro]
+    if len(adjusted) > 1 or any(q.size > 1 for q in adjusted):
+        raise question.unsupported("condition (15) for more than one number")
+    known = adjusted[0] if adjusted else None
+    at = None if known is None else drawn.quantiles(known)
+    return drawn.test(statement, at, known, state, effect, split=True)
+
+
+@dataclass(frozen=True, eq=False)
+class _Drawn:
+    """How an independence is tested where it is not known exactly."""
+
+    question: Question
+    num_samples: int = 300
+    level: float = 0.01
+    seed: int = 0
+    progress: bool = True
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        question = self.question
+        return Sampler(
+            question.model, question.cut, self.num_samples, self.seed, self.progress
+        )
+
+    def quantiles(self, of: Quantity) -> Tensor:
+        """Some values that a quantity usually has, shape ``(n,)``."""
+        drawn = self.sampler.draw(self.question.model[0], [of])[0].mean(-1)
+        levels = torch.tensor((0.25, 0.5, 0.75), dtype=torch.float64)
+        return drawn.quantile(levels, interpolation="nearest").unique()
+
+    def test(
+        self,
+        statement: str,
+        at: Tensor | None,
+        known: Quantity | None,
+        one: Sequence[Quantity],
+        other: Quantity,
+        split: bool = False,
+    ) -> IndependenceReport:
+        """Whether ``one`` and ``other`` are independent, given ``known == at``.
+
+        :param split: whether ``one``, sites, are set for what follows from them.
+        """
+        pairs = []
+        for values in self._settings(one) if split else [None]:
+            fn = self.question.model[0]
+            if at is None or known is None:
+                fn = fn if values is None else Split(values)(fn)
+                drawn = self.sampler.draw(fn, [*one, other])
+                drawn = [part.unsqueeze(0) for part in drawn]
+            else:
+                found = self.sampler.given_total(at, [*one, other], known, values)
+                if found is None:
+                    raise self.question.unsupported(f"{statement!r}")
+                drawn = found
+            pairs.append((torch.cat(drawn[:-1], -1), drawn[-1]))
+        mine, yours = (torch.cat(parts) for parts in zip(*pairs, strict=True))
+        correlation, p = independence(mine, yours, seed=self.seed)
+        return IndependenceReport(
+            statement,
+            False if p <= self.level else None,
+            correlation,
+            f"Monte Carlo ({self.num_samples:,} draws, permutation test on distance "
+            f"correlation, p-value {p:.2g}, level {self.level:g})",
+            p,
+        )
+
+    def _settings(self, sites: Sequence[Quantity]) -> list[dict[str, Tensor]]:
+        """Some micro states, as they occur."""
+        drawn = self.sampler.draw(self.question.model[0], sites, count=3)
+        found = []
+        for i in range(3):
+            values = {}
+            for quantity, part in zip(sites, drawn, strict=True):
+                site = self.question.cut.sites[quantity.name]
+                values[quantity.name] = part[i].reshape(site.expanded(site.value).shape)
+            found.append(values)
+        return found
 
 
 def _affine_report(
@@ -237,7 +341,7 @@ def macro_adjust(
     else:
         assert question.finite is not None
         laws, method = _finite_laws(question.finite, question.index(at)), "finite"
-    condition = _condition(question)
+    condition = _condition(question, _Drawn(question))
     if not condition.holds:
         warnings.warn(
             f"{question.what}: {condition.statement} does not hold (deviation "

@@ -188,7 +188,11 @@ class Sampler:
         return True
 
     def given_total(
-        self, at: Tensor, quantities: Sequence[Quantity]
+        self,
+        at: Tensor,
+        quantities: Sequence[Quantity],
+        total: Quantity | None = None,
+        split: Mapping[str, Tensor] | None = None,
     ) -> list[Tensor] | None:
         """Draws given that a weighted sum of micro sites has a value.
 
@@ -196,6 +200,9 @@ class Sampler:
         draw is kept with a probability that is proportional to its density there.
 
         :param at: macro values, shape ``(n,)``.
+        :param total: what has these values; the cause by default.
+        :param split: values that some sites have for what follows from them, while
+            their own values are the ones that are returned.
         :returns: for each quantity, shape ``(n, count, size)``; ``None`` where hardly
             any are kept.
         :raises UnsupportedLaw: if no element can make up the rest.
@@ -203,7 +210,8 @@ class Sampler:
         """
         kept: list[list[Tensor]] = [[] for _ in quantities]
         marks: list[Tensor] = []
-        pinned = _Pinned(self.cut, at)
+        total = self.cut.cause if total is None else total
+        pinned = _Pinned(self.cut, total, at)
         if not self.is_vectorized(self.model[0], None):
             raise self._refused("P(effect | cause)")
         have = torch.zeros(len(at), dtype=torch.long)
@@ -211,7 +219,7 @@ class Sampler:
         size = 4 * self.count
         with self.unseen():
             lead = (len(at), size)
-            run = self._within(pinned(self.model[0]), lead)
+            run = self._within(pinned(Split(split or {})(self.model[0])), lead)
             bar = tqdm(disable=not self.progress, total=self.count, desc="Conditioning")
             for _ in range(POOLS):
                 values = self._values(run)
@@ -229,7 +237,7 @@ class Sampler:
         if not bool(best.isfinite().all()):
             bad = at[~best.squeeze(-1).isfinite()][0].item()
             raise Infeasible(
-                f"{self.cut.cause.what}: the macro value {bad:g} cannot be reached, or "
+                f"{total.what}: the macro value {bad:g} cannot be reached, or "
                 "hardly ever is. Choose one that the sites can have."
             )
         if int(have.min()) < self.count:
@@ -247,22 +255,39 @@ def _has(tensor: Tensor, dim: int, size: int) -> bool:
     return tensor.dim() >= -dim and tensor.shape[dim] == size
 
 
+class Split(Messenger):
+    """Gives what follows from some sites other values than these sites have.
+
+    A trace around it sees the sites' own values (a single-world intervention).
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    # After a handler outside, such as trace, has seen the site
+    def _pyro_post_sample(self, msg: Message) -> None:
+        name = str(msg["name"])
+        if name in self.values:
+            own: Any = msg["value"]
+            msg["value"] = self.values[name].to(own).expand(own.shape)
+
+
 class _Pinned(Messenger):
     """Lets one element of the last micro site make up the rest of the macro value."""
 
-    def __init__(self, cut: Cut, at: Tensor) -> None:
+    def __init__(self, cut: Cut, total: Quantity, at: Tensor) -> None:
         super().__init__()
-        self.cut, self.quantity, self.at = cut, cut.cause, at
-        thing = cut.cause.thing
-        layout = cut.cause.layout
-        rows = None
+        self.cut, self.quantity, self.at = cut, total, at
+        thing, layout = total.thing, total.layout
+        rows: Tensor | None = torch.ones(1, layout.size, dtype=torch.float64)
         if not isinstance(thing, str):
             rows = thing.aggregation.within(layout).weights(
                 torch.zeros(layout.size, dtype=torch.float64)
             )
-        if rows is None or cut.cause.size != 1:
+        if rows is None or total.size != 1:
             raise UnsupportedLaw(
-                f"{cut.cause.what}: its sites have causes in common with the effect, "
+                f"{total.what}: its sites have causes in common with the effect, "
                 "and P(effect | cause) is then known by draws for a single weighted "
                 "sum. Expected Sum, Mean or Linear over all plates; or hold the "
                 "common causes with `poutine.condition`."

@@ -15,8 +15,8 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.linalg
 import torch
-from scipy import stats
 
 import pyro_macro as pm
 
@@ -128,8 +128,7 @@ class Spec:
         self.c, self.B, self.S = np.zeros(n), np.zeros((n, n)), np.zeros((n, n))
         for site in self.sites.values():
             self._equations(site)
-        self.T = np.linalg.inv(np.eye(n) - self.B)
-        self.mean, self.factor = self.T @ self.c, self.T @ self.S
+        self.mean, self.factor = solved(self.B, self.c), solved(self.B, self.S)
         self.covariance = self.factor @ self.factor.T
 
     def _equations(self, site):
@@ -187,9 +186,6 @@ class Spec:
                 result[s * len(weights) + r, slot] = row
         return result
 
-    def dense(self):
-        return DenseQuestion(self)
-
 
 WEIGHTS = {}
 
@@ -198,6 +194,13 @@ def linear(weights):
     aggregation = pm.Linear(weights.tolist())
     WEIGHTS[aggregation] = weights
     return aggregation
+
+
+def solved(B, right):
+    """``z = B z + right``: each element is computed from earlier ones."""
+    return scipy.linalg.solve_triangular(
+        np.eye(len(B)) - B, right, lower=True, unit_diagonal=True
+    )
 
 
 def conditioned(mean, cov, rows, value):
@@ -240,7 +243,7 @@ class DenseQuestion:
         self.cause, self.effect = spec.rows(spec.cause), spec.rows(spec.effect)
         B, S, c = spec.B.copy(), spec.S.copy(), spec.c.copy()
         B[self.x], S[self.x], c[self.x] = 0, 0, 0
-        G = np.linalg.inv(np.eye(spec.size) - B)
+        G = solved(B, np.eye(spec.size))
         self.alpha = (self.effect @ G)[:, self.x]
         self.noise = self.effect @ G @ S  # the coefficients of N
         self.noise_mean = self.effect @ G @ c
@@ -431,7 +434,6 @@ def draw_effect(rng, spec):
 
 def draw_adjustment(rng, spec, micro):
     names = [n for n in spec.sites if n[0] in "ua"]
-    x = spec.elements(spec.cause).reshape(-1)
     found = []
     for name in some(rng, names, 2):
         site = spec.sites[name]
@@ -440,18 +442,12 @@ def draw_adjustment(rng, spec, micro):
             found.append(pm.MacroVariable(f"{name}b", name, over=site.plates))
         else:
             found.append(name)
-    assert not np.abs(spec.T[np.ix_(spec.index["u0"].ravel(), x)]).any()
     return tuple(found)
 
 
 # The comparisons
 
 N_FAST, N_ALL = 60, 200
-
-
-def specs(count, start=0):
-    for seed in range(start, count):
-        yield pytest.param(seed, id=str(seed))
 
 
 def close(found, expected, scale, spec, what=""):
@@ -486,9 +482,10 @@ def check(report, spec, values, laws, what):
     single = spec.dtype != torch.float64
     for i, (seen, done) in enumerate(laws):
         apart = wasserstein(seen, done)
-        # The squares are what is known to rounding
+        # Of matrices, the square is known to the root of the rounding
+        limit = 1e-12 if len(seen[0]) == 1 else 3e-8
         gap = abs(float(report.distance[i]) ** 2 - apart**2) / unit**2
-        assert gap < (1e-4 if single else 1e-12), f"{what}: distance {gap:.3g}"
+        assert gap < (1e-4 if single else limit), f"{what}: distance {gap:.3g}"
         if apart < (1e-5 if single else 1e-9) * unit:
             assert report.verdicts[i] == "inhibiting", what
             assert float(report.divergence[i]) == pytest.approx(0, abs=1e-8), what
@@ -523,7 +520,7 @@ def macro_values(question):
 
 def draw_question(seed):
     spec = draw_spec(seed, torch.float32 if seed % 7 == 3 else torch.float64)
-    return spec, spec.dense()
+    return spec, DenseQuestion(spec)
 
 
 def is_regular(matrix, limit=1e7):
@@ -586,7 +583,9 @@ def compare_residual(seed):
     own = question.w[:m, absorb]
     if not is_regular(own, 1e3) or abs(np.linalg.det(own)) < 0.05:
         return
-    laws = [(question.seen(v), question.done(*question.residual(v, absorb))) for v in values]
+    laws = [
+        (question.seen(v), question.done(*question.residual(v, absorb))) for v in values
+    ]
     report = ask(spec, lambda v: pm.Residual(v, absorb=absorb), at)
     check(report, spec, values, laws, "Residual")
 
@@ -604,9 +603,7 @@ def compare_point(seed):
     laws = []
     for v in values:
         mean = np.concatenate([shares * one for one in v])
-        laws.append(
-            (question.seen(v), question.done(mean, np.zeros((len(mean),) * 2)))
-        )
+        laws.append((question.seen(v), question.done(mean, np.zeros((len(mean),) * 2))))
     shares = torch.tensor(shares, dtype=spec.dtype)
     report = ask(spec, lambda v: pm.Allocate(v, shares=shares), at)
     check(report, spec, values, laws, "Allocate")
@@ -632,9 +629,7 @@ def compare_explicit(seed):
 
     def fn(value):
         loc = tensors[0] + value.unsqueeze(-1) * tensors[1]
-        return dist.MultivariateNormal(
-            loc, scale_tril=tensors[2], validate_args=False
-        )
+        return dist.MultivariateNormal(loc, scale_tril=tensors[2], validate_args=False)
 
     laws = [
         (question.seen(v), question.done(base + step * v[0], factor @ factor.T))
