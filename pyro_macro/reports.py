@@ -76,8 +76,9 @@ def _shown(cell: Any) -> str:
     if isinstance(cell, bool) or cell is None:
         return {True: "yes", False: "no", None: ""}[cell]
     if isinstance(cell, float):
-        small = 0 < abs(cell) < 1e-4
-        return f"{cell:.1e}" if small else f"{cell:.5g}"
+        if 1e5 <= abs(cell) < 1e12:
+            return f"{cell:.0f}"
+        return f"{cell:.1e}" if 0 < abs(cell) < 1e-4 else f"{cell:.5g}"
     if isinstance(cell, (tuple, list)):
         return f"({', '.join(map(_shown, cell))})"
     return str(cell)
@@ -165,7 +166,8 @@ class ConfoundingReport(Report):
     :ivar observational_variance: the same.
     :ivar interventional_mean: of the effect when the macro value is set.
     :ivar interventional_variance: the same.
-    :ivar distance: between the two whole distributions.
+    :ivar distance: between the two whole distributions, shape ``(n,)``; zero where
+        they agree but for rounding.
     :ivar distance_kind: which one: total variation, or Wasserstein-2 (in units of the
         effect), estimated where the method is Monte Carlo.
     :ivar divergence: Kullback-Leibler, of the interventional law from the observational
@@ -174,7 +176,7 @@ class ConfoundingReport(Report):
         ``"inducing"`` if they differ at some, ``"undecided"`` if that is not known.
     :ivar verdicts: the same at each macro value.
     :ivar method: how it is known.
-    :ivar tolerance: the largest distance that counts as none: rounding.
+    :ivar tolerance: what counts as rounding, in the units of the distance.
     :ivar p_value: of the two-sample test, where the method is Monte Carlo.
     :ivar detectable: the least shift of the effect, in its units, that the test sees in
         four of five cases.
@@ -246,10 +248,11 @@ def table(
     """A row for each macro value, and each element of an effect that has several."""
     first = next(iter(columns.values()))
     shape = first.shape[1:]
-    flat = {k: v.reshape(len(at), -1) for k, v in columns.items()}
+    count = max(1, shape.numel())
+    flat = {k: v.reshape(len(at), -1).expand(-1, count) for k, v in columns.items()}
     rows = []
     for i, value in enumerate(at.tolist()):
-        for j in range(max(1, shape.numel())):
+        for j in range(count):
             row: Row = {name: tuple(value) if isinstance(value, list) else value}
             if shape:
                 row["element"] = _place(j, shape)
@@ -278,7 +281,8 @@ class FeasibilityReport(Report):
     :ivar observational_variance: ``Var(Yb | xb)``, left of (9); ``None`` if finite.
     :ivar noise_variance: ``Var(N)``, right of (9); ``None`` if finite.
     :ivar distance: of the least intrusive one from the natural realization, shape
-        ``(n,)``; NaN where there is none.
+        ``(n,)``; NaN where there is none. With levers, from what they would be given
+        the other sites and the macro value.
     :ivar distance_kind: Wasserstein-2, or total variation.
     :ivar levers: the sites that are moved; ``None`` for all.
     :ivar reason: why there is none, in words.
@@ -321,8 +325,8 @@ class FeasibilityReport(Report):
             f"{'A' if self.feasible else 'No'} micro-realization{by} inhibits the "
             f"confounding of {pair}."
         ]
-        if self.observational_variance is not None and self.noise_variance is not None:
-            left, right = self.observational_variance, self.noise_variance
+        left, right = self.observational_variance, self.noise_variance
+        if left is not None and right is not None and not self.reason:
             sign = ">=" if left >= right else "<"
             lines.append(
                 f"(9): Var({self.effect} | {self.cause}) = {left:.5g} {sign} Var(N) = "
@@ -334,7 +338,8 @@ class FeasibilityReport(Report):
         return "\n".join(lines)
 
     def rows(self) -> list[Row]:
-        columns = {f"{self.distance_kind} distance from natural": self.distance}
+        moved = "from natural" if self.levers is None else "of the levers"
+        columns = {f"{self.distance_kind} distance {moved}": self.distance}
         if self.gap is not None:
             columns["gap"] = self.gap
         rows = table(self.cause, self.at, columns)
@@ -398,8 +403,11 @@ class IndependenceReport(Report):
 
     :ivar statement: in words.
     :ivar holds: whether it does; ``None`` if a test has not rejected it.
-    :ivar deviation: how far it is from holding: the largest conditional correlation,
-        or the largest total variation distance between joint law and product.
+    :ivar deviation: how far it is from holding. In affine-Gaussian programs the largest
+        conditional correlation; for condition (15) the largest conditional covariance
+        with an element of the micro state, relative to the terms it is the difference
+        of. In finite programs the largest total variation distance between joint law
+        and product; where it is tested, the largest distance correlation.
     :ivar method: how it is known.
     :ivar p_value: of the test, where the method is Monte Carlo.
     """
@@ -413,18 +421,18 @@ class IndependenceReport(Report):
     def __bool__(self) -> bool:
         if self.holds is None:
             raise ValueError(
-                f"{self.statement}: a test has not rejected it, which does not show "
+                f"a test has not rejected that {self.statement}, which does not show "
                 "that it holds. Look at .p_value and .deviation."
             )
         return self.holds
 
     def summary(self) -> str:
         said = {
-            True: "holds",
-            False: "does not hold",
-            None: "is not rejected, which does not show that it holds",
+            True: f"It holds that {self.statement}.",
+            False: f"It is not the case that {self.statement}.",
+            None: f"It is not rejected, nor shown, that {self.statement}.",
         }[self.holds]
-        return f"{self.statement} {said}.\nMethod: {self.method}."
+        return f"{said}\nMethod: {self.method}."
 
     def rows(self) -> list[Row]:
         row: Row = {"holds": self.holds, "deviation": self.deviation}

@@ -170,6 +170,53 @@ class Oracle:
                 value = value.sum(axis, keepdims=True)
         return value
 
+    @classmethod
+    def of_runs(cls, model, sites, *args):
+        """Of a program as it is: run under each joint state, one at a time.
+
+        :param sites: for each random site its values, and its shape ``(k, o, width)``.
+        """
+        self = cls.__new__(cls)
+        counts = [int(np.prod(shape)) for _, shape in sites.values()]
+        supports = [
+            list(values)
+            for (values, _), n in zip(sites.values(), counts, strict=True)
+            for _ in range(n)
+        ]
+        rows = {}
+        self.probs = {name: [] for name in sites}
+        drawn = pyro.poutine.trace(model).get_trace(*args)
+        for state in itertools.product(*supports):
+            parts = np.split(np.array(state, dtype=float), np.cumsum(counts)[:-1])
+            held = {
+                name: torch.as_tensor(part).to(drawn.nodes[name]["value"].dtype)
+                for name, part in zip(sites, parts, strict=True)
+            }
+            held = {
+                n: v.reshape(drawn.nodes[n]["value"].shape) for n, v in held.items()
+            }
+            conditioned = pyro.poutine.condition(model, data=held)
+            with pyro.poutine.block():
+                trace = pyro.poutine.trace(conditioned).get_trace(*args)
+            trace.compute_log_prob()
+            for name, node in trace.nodes.items():
+                if name in sites:
+                    log_prob = node["log_prob"].double().sum()
+                    impossible = log_prob < -30  # torch clamps logarithms of zero
+                    self.probs[name].append(
+                        0.0 if impossible else log_prob.exp().item()
+                    )
+                    shape = sites[name][1]
+                elif node["type"] == "sample" and node["fn"].has_rsample is not None:
+                    shape = (1, 1, -1)
+                else:
+                    continue
+                value = node["value"].detach().double().numpy()
+                rows.setdefault(name, []).append(value.reshape(shape))
+        self.values = {name: np.stack(value) for name, value in rows.items()}
+        self.probs = {name: np.array(value) for name, value in self.probs.items()}
+        return self
+
     def stacked(self, names, over=()):
         """The micro states of each slot: ``(N, slots, K)``."""
         parts = []
@@ -198,21 +245,23 @@ class Oracle:
 
 
 def distinct(rows):
-    """The different rows, and which each one is."""
-    return np.unique(np.round(rows, 9), axis=0, return_inverse=True)
+    """The different rows but for rounding, and which each one is."""
+    _, first, index = np.unique(
+        np.round(rows, 9) + 0.0, axis=0, return_index=True, return_inverse=True
+    )
+    return rows[first], index.reshape(-1)
 
 
 class Truth:
     """What is seen and what is done, from the list of states."""
 
     def __init__(self, oracle, cause, effect, given=()):
-        self.oracle, self.cause = oracle, cause
+        self.oracle, self.cause, self.given = oracle, cause, given
         self.slot_states = oracle.stacked(cause.micro, cause.over)
         n, self.slots, self.size = self.slot_states.shape
         self.macro = oracle.of(cause).reshape(n, self.slots, -1)
         self.outcomes, self.outcome = distinct(oracle.of(effect))
         self.states, self.state = distinct(self.slot_states.reshape(n, -1))
-        self.outcome, self.state = self.outcome.reshape(-1), self.state.reshape(-1)
         self.joint = oracle.joint()
         micro = cause.micro
         self.cut = np.prod(
@@ -222,7 +271,7 @@ class Truth:
         self.context = np.zeros(n, dtype=int)
         if given:
             rows = np.concatenate([oracle.of(g) for g in given], -1)
-            self.context = distinct(rows)[1].reshape(-1)
+            self.context = distinct(rows)[1]
         self.kernel = self._table(self.state, self.outcome, self.cut)
 
     def _table(self, first, second, weight):
@@ -244,9 +293,7 @@ class Truth:
         return rows if self.cause.is_vector else rows[:, 0]
 
     def reachable_in_all_contexts(self):
-        contexts = [
-            c for c in set(self.context) if self.cut_of(c) > 0
-        ]
+        contexts = [c for c in set(self.context) if self.cut_of(c) > 0]
         return [
             value
             for value in self.reachable()
@@ -288,12 +335,30 @@ class Truth:
                 )
         return result
 
-    def fibre(self, value):
-        """The states of one slot with a macro value, whatever their probability."""
-        states = distinct(self.slot_states.reshape(-1, self.size))[0]
+    def fibre(self, value, slot=None):
+        """The states of one slot with a macro value, whatever their probability.
+
+        :param slot: without those with an element that never has its value there.
+        """
+        rows = self.slot_states
+        states = distinct(rows.reshape(-1, self.size))[0]
+        if slot is not None:
+            known = rows[self.joint > 0, slot]
+            can = [(np.abs(known - state) < 1e-9).any(0).all() for state in states]
+            states = states[can]
         value = np.asarray(value, dtype=float).reshape(-1)
         macro = self.cause.by_hand(states).reshape(len(states), -1)
         return states[np.isclose(macro, value).all(-1)]
+
+    def uniform(self, value):
+        """A row over micro states: in each slot those that it can have, alike."""
+        rows = self.states.reshape(len(self.states), self.slots, -1)
+        result = np.ones(len(rows))
+        for slot in range(self.slots):
+            states = self.fibre(value, slot)
+            same = np.isclose(rows[:, slot, None], states[None]).all(-1).any(-1)
+            result *= same / len(states)
+        return result
 
     def independent(self, states, weights):
         """A row over micro states: slots are independent, and alike."""
@@ -411,9 +476,9 @@ def aggregations(rng, spec, names, over, vectors):
         look = np.vectorize(
             lambda *row: table[tuple(int(round(r)) for r in row)], otypes=[float]
         )
-        choices += [
-            (pm.Coarsen(table), lambda x: look(*np.moveaxis(x, -1, 0)))
-        ] * (3 if k == 1 else 1)
+        choices += [(pm.Coarsen(table), lambda x: look(*np.moveaxis(x, -1, 0)))] * (
+            3 if k == 1 else 1
+        )
     if k > 1:
         weights = rng.choice([1.0, 2.0, -1.0, 0.5], k)
         choices += [
@@ -466,8 +531,13 @@ def random_spec(rng, count, density=0.55, kinds=KINDS, plain=False):
     sizes = {"k": 2, "o": 2 if in_k else int(rng.integers(2, 4))}
     nodes = []
     for i, name in enumerate(names):
-        plates = [] if plain else (
-            ["k"] * (in_k and rng.random() < 0.6) + ["o"] * (in_o and rng.random() < 0.5)
+        plates = (
+            []
+            if plain
+            else (
+                ["k"] * (in_k and rng.random() < 0.6)
+                + ["o"] * (in_o and rng.random() < 0.5)
+            )
         )
         width = 2 * (not plain and rng.random() < 0.15)
         earlier = [e for e in names[:i] if rng.random() < density]
@@ -499,7 +569,11 @@ def elements(spec, name, over):
 def count_states(spec):
     return float(
         np.prod(
-            [len(n.values) ** float(n.offset.size) for n in spec.nodes if not is_fixed(n)]
+            [
+                len(n.values) ** float(n.offset.size)
+                for n in spec.nodes
+                if not is_fixed(n)
+            ]
         )
     )
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 
-from pyro_macro.errors import UnsupportedLaw
+from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.quantity import Quantity, Thing, names_of
 from pyro_macro.laws.upstream import Upstream
 from pyro_macro.program.inner import Shared
+from pyro_macro.program.layout import Layout
 
 Model = tuple[Callable[..., Any], tuple, dict]
 
@@ -76,6 +77,17 @@ class Cut(Upstream):
         sites = self.probes[0].sites
         return any(sites[name].value.requires_grad for name in self.names)
 
+    def refuse_overlap(self) -> None:
+        """An error if cause and effect share sites."""
+        for quantity in self.others["effect"]:
+            shared = set(quantity.sites) & set(self.cause.sites)
+            if shared:
+                raise PyroMacroError(
+                    f"{self.cause.what}: {min(shared)!r} belongs to the effect "
+                    f"{quantity.name!r} as well. Expected an effect apart from the "
+                    "cause."
+                )
+
     def refuse_observed(self) -> None:
         """An error if observations tell of what is asked about."""
         for name, site in self.sites.items():
@@ -90,3 +102,15 @@ class Cut(Upstream):
                     "Leave the observation out (no `obs=`, `poutine.uncondition`), or "
                     "hold what it depends on with `poutine.condition`."
                 )
+
+
+def over_grid(law: Any, layout: Layout, depth: int) -> Any:
+    """A law of a micro state, with a dimension for macro values left of all plates.
+
+    :param law: a distribution with that dimension, or for one macro value.
+    :param layout: of its vector.
+    :param depth: the number of dimensions that plates may take.
+    """
+    batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
+    batch = torch.Size((1,) * (depth + 1 - len(batch))) + batch
+    return law if batch == law.batch_shape else law.expand(batch)

@@ -36,11 +36,20 @@ class Moments:
         )
         within = self.covariance[..., index[:, None], index]
         crossed = self.covariance[..., rest[:, None], index]
-        solved = crossed @ torch.linalg.pinv(within, hermitian=True)
+        solved = crossed @ inverse(within)
         surprise = (value - self.mean[..., index]).unsqueeze(-1)
         mean = self.mean[..., rest] + (solved @ surprise).squeeze(-1)
         covariance = self.covariance[..., rest[:, None], rest] - solved @ crossed.mT
         return Moments(mean, covariance.expand(mean.shape + mean.shape[-1:]))
+
+
+def inverse(matrix: Tensor) -> Tensor:
+    """Of a covariance; where it has no inverse, the one on the directions it has."""
+    factor, bad = torch.linalg.cholesky_ex(matrix)
+    thin = factor.diagonal(dim1=-2, dim2=-1)
+    if not bool(bad.any()) and bool((thin > 1e-6 * thin.amax()).all()):
+        return torch.cholesky_inverse(factor)
+    return torch.linalg.pinv(matrix, hermitian=True)
 
 
 def two_wasserstein(one: Moments, other: Moments) -> Tensor:

@@ -237,7 +237,7 @@ def _fresh_caches(things: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _preserved_buffers() -> Iterator[None]:
+def preserved_buffers() -> Iterator[None]:
     """Gives the buffers of every module that is called inside their old values."""
     before: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -313,7 +313,7 @@ class InnerRun(Messenger):
         """Runs ``model(*args, **kwargs)`` up to the last site that is asked for."""
         self._validate = is_validation_enabled()
         modules = _fresh_caches([model, args, kwargs])
-        with _preserved_buffers(), modules, pyro.validation_enabled(False), self:
+        with preserved_buffers(), modules, pyro.validation_enabled(False), self:
             try:
                 with self.tracker:
                     model(*args, **kwargs)

@@ -52,6 +52,13 @@ _KINKED = """
     trunc fix __floordiv__
 """
 _KINKS = frozenset(_KINKED.split())
+# Operations that, without a dimension, are on all elements at once: those of several
+# worlds, if these are side by side in the tensor.
+_REDUCTIONS = """
+    sum mean prod max min all any std var median norm argmax argmin nansum nanmean
+    count_nonzero
+"""
+_WHOLE = frozenset(_REDUCTIONS.split())
 NOISE = "<noise>"
 _serial = itertools.count()
 
@@ -86,6 +93,8 @@ class Tracker(TorchFunctionMode):
         # An attribute of its own, so that nested trackers do not disturb each other
         self._key = f"_pyro_macro_sources_{next(_serial)}"
         self.escaped: frozenset[str] = NOTHING
+        # What was met by an operation on all dimensions of a tensor
+        self.whole: frozenset[str] = NOTHING
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -107,6 +116,8 @@ class Tracker(TorchFunctionMode):
             if name in _ESCAPES:
                 self.escaped |= sources
                 return result
+            if name in _WHOLE and _is_on_all(args, kwargs):
+                self.whole |= site_names(sources)
             self._note(result, sources)
             in_place = name == "__setitem__" or (
                 name.endswith("_") and not name.endswith("__")
@@ -162,6 +173,15 @@ def tensors_in(thing: Any, seen: set[int] | None = None) -> Iterator[torch.Tenso
     if isinstance(thing, (tuple, list, set, frozenset, ValuesView)):
         for part in thing:
             yield from tensors_in(part, seen)
+
+
+def _is_on_all(args: Any, kwargs: Any) -> bool:
+    """Whether a reduction goes over all dimensions, of a tensor that has some."""
+    if not args or not isinstance(args[0], torch.Tensor) or not args[0].dim():
+        return False
+    if kwargs.get("dim") is not None or kwargs.get("axis") is not None:
+        return False
+    return len(args) == 1
 
 
 def _is_discrete(result: Any) -> bool:

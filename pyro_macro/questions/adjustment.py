@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from pyro_macro.errors import PyroMacroError
+from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.finite.effect import FiniteEffect
 from pyro_macro.laws.gaussian.effect import AffineEffect
-from pyro_macro.laws.moments import Moments
+from pyro_macro.laws.moments import Moments, inverse
 from pyro_macro.laws.quantity import Quantity, Thing, name_of
 from pyro_macro.macro import MacroVariable
+from pyro_macro.questions.conditioning import Split, given_total
 from pyro_macro.questions.dependence import independence
 from pyro_macro.questions.question import Question
-from pyro_macro.questions.sampling import Sampler, Split
+from pyro_macro.questions.sampling import Sampler
 from pyro_macro.reports import AdjustmentReport, IndependenceReport
 
+MOST = 2000  # numbers that are adjusted for
 EXACT = 1e-9  # a conditional correlation or a distance below this is rounding
 
 
@@ -85,7 +87,9 @@ def irrelevant_cause(
         left = joint.given(slice(0, b), joint.mean[:b])
         e = question.affine.effect.size
         crossed = left.covariance[:e, e:]
-        spread = joint.variance[b:].sqrt()
+        # What the cause determines has no spread left
+        usual = joint.variance[b:].sqrt()
+        spread = torch.maximum(left.variance.sqrt(), 1e-6 * usual)
         scale = spread[:e, None] * spread[None, e:]
         return _affine_report(statement, crossed, scale, question)
     if question.finite is not None:
@@ -139,16 +143,29 @@ def _adjusting(
 ) -> Question:
     single = isinstance(adjustment, (str, MacroVariable))
     listed: Any = (adjustment,) if single else adjustment
+    if not isinstance(listed, (tuple, list, set, frozenset)):
+        raise PyroMacroError(
+            f"adjustment is {adjustment!r}. Expected macro-variables and names of "
+            "sites."
+        )
     things = tuple(listed)
-    return Question(model, cause, effect, model_args, model_kwargs, given=things)
+    question = Question(model, cause, effect, model_args, model_kwargs, given=things)
+    size = sum(q.size for q in question.cut.others["given"])
+    if size > MOST:
+        raise UnsupportedLaw(
+            f"{question.what}: the adjustment has {size:,} numbers. Expected at most "
+            f"{MOST:,}: adjust for aggregates, such as a MacroVariable over their "
+            "plates."
+        )
+    return question
 
 
 def _condition(question: Question, drawn: _Drawn) -> IndependenceReport:
     names = [q.name for q in question.cut.others["given"]]
     given = f" given {names}" if names else ""
     statement = (
-        f"(15): {name_of(question.effect)} with the micro state of "
-        f"{question.cause.name} set is independent of that state{given}"
+        f"{name_of(question.effect)}, with the micro state of {question.cause.name} "
+        f"set, is independent of that state{given} (15)"
     )
     if question.affine is not None:
         crossed, scale = question.affine.crossed_given_others()
@@ -210,7 +227,7 @@ class _Drawn:
                 drawn = self.sampler.draw(fn, [*one, other])
                 drawn = [part.unsqueeze(0) for part in drawn]
             else:
-                found = self.sampler.given_total(at, [*one, other], known, values)
+                found = given_total(self.sampler, at, [*one, other], known, values)
                 if found is None:
                     raise self.question.unsupported(f"{statement!r}")
                 drawn = found
@@ -344,10 +361,10 @@ def macro_adjust(
     condition = _condition(question, _Drawn(question))
     if not condition.holds:
         warnings.warn(
-            f"{question.what}: {condition.statement} does not hold (deviation "
-            f"{condition.deviation:.2g}), so that the adjusted effect is not that of "
-            "Natural(value, given=adjustment). Adjust for more, or compare with "
-            "interventional_mean in the report.",
+            f"{question.what}: it is not the case that {condition.statement} "
+            f"(deviation {condition.deviation:.2g}), so that the adjusted effect is "
+            "not that of Natural(value, given=adjustment). Adjust for more, or compare "
+            "with interventional_mean in the report.",
             NotAdjusted,
             stacklevel=2,
         )
@@ -379,9 +396,7 @@ def _affine_laws(
     context = joint.mean[b + e :].expand(len(value), -1)
     left = joint.given(known, torch.cat([value, context], -1))
     within = joint.covariance[known][:, known]
-    slopes = joint.covariance[b : b + e][:, known] @ torch.linalg.pinv(
-        within, hermitian=True
-    )
+    slopes = joint.covariance[b : b + e][:, known] @ inverse(within)
     others = slopes[:, b:]
     more = others @ joint.covariance[b + e :, b + e :] @ others.mT
     adjusted = Moments(left.mean, left.covariance + more)

@@ -14,6 +14,7 @@ from torch import Tensor
 from pyro_macro.errors import Infeasible, OffFibre, PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.finite.mixing import closest_mixture
 from pyro_macro.laws.gaussian.effect import AffineEffect
+from pyro_macro.laws.gaussian.fibre import NaturalNormal
 from pyro_macro.laws.gaussian.inhibiting import StretchedNormal
 from pyro_macro.laws.moments import Moments, two_wasserstein
 from pyro_macro.laws.quantity import name_of
@@ -125,9 +126,11 @@ def _moved(question: Question, law: Any, at: Tensor) -> Tensor:
     """How far a law is from the natural one, shape ``(n,)``."""
     if isinstance(law, StretchedNormal):
         return law.moved.reshape(-1).expand(len(at)).double()
+    (natural,) = question.realized(Natural, at)
+    if isinstance(law, NaturalNormal) and law.rows.shape == natural.law.rows.shape:
+        return torch.zeros(len(at), dtype=torch.float64)  # it is that, nothing to move
     if law.event_shape[-1] > DENSE:
         return torch.full((len(at),), torch.nan, dtype=torch.float64)
-    (natural,) = question.realized(Natural, at)
     size = law.event_shape[-1]
     own = getattr(law, "covariance_matrix", torch.zeros(size, size))
     one = Moments(law.mean.double(), own.double())

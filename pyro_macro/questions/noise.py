@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class MacroNoise:
     :ivar spread: the standard deviation of ``W`` given ``xb``; not zero.
     """
 
-    question: Question
+    question: Question = field(repr=False)
     centre: float
     mean: float
     slope: float

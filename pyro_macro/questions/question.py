@@ -18,21 +18,24 @@ from torch import Tensor
 from pyro_macro.errors import (
     Infeasible,
     NotAffine,
+    OffFibre,
     PyroMacroError,
     UnsupportedLaw,
 )
 from pyro_macro.intervention import Ahead
-from pyro_macro.laws.cut import Cut, Model
+from pyro_macro.laws.cut import Cut, Model, over_grid
 from pyro_macro.laws.finite.effect import FiniteEffect
 from pyro_macro.laws.finite.joint import TooMany
 from pyro_macro.laws.gaussian.effect import AffineEffect
 from pyro_macro.laws.quantity import Thing, name_of, names_of
+from pyro_macro.laws.sampled.chains import Chains
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import preserved_params, preserved_random_state
 from pyro_macro.program.reading import dependence
 from pyro_macro.program.substitution import detached
 from pyro_macro.program.tracking import tensors_in
 from pyro_macro.realizations import Natural, Realization, Realized
+from pyro_macro.realizations.base import refuse_injective, refuse_subsampled
 
 # From a macro value to a realization of it: the class itself, or a function
 Realizing = Callable[[Tensor], Realization]
@@ -46,6 +49,9 @@ class Question:
     :param others: what else takes part, by role.
     :raises PyroMacroError: if something is not what it should be, in words.
     """
+
+    progress = True
+    single = False  # whether one site may stand for itself
 
     def __init__(
         self,
@@ -69,20 +75,23 @@ class Question:
                         f"{role} is {thing!r}. Expected a MacroVariable, or the name "
                         "of a site."
                     )
+        if not isinstance(model_args, (tuple, list)) or not isinstance(
+            model_kwargs or {}, dict
+        ):
+            raise PyroMacroError(
+                f"model_args={model_args!r}, model_kwargs={model_kwargs!r}. Expected a "
+                "tuple and a dictionary, what the model is called with."
+            )
         self.model: Model = (model, tuple(model_args), dict(model_kwargs or {}))
         self.cause, self.effect = cause, effect
         self._why_not = ""
         with self.unseen():
             self.cut = Cut(self.model, cause, {"effect": (effect,), **others})
         self.what = self.cut.cause.what
-        overlap = set(names_of(effect)) & set(cause.micro)
-        if overlap:
-            raise PyroMacroError(
-                f"{self.what}: {min(overlap)!r} belongs to the effect "
-                f"{name_of(effect)!r} as well. Expected an effect apart from the cause."
-            )
+        self.cut.refuse_overlap()
         for things in others.values():
             self._refuse_affected(things)
+        self._refuse_parts([cause, effect, *(t for ts in others.values() for t in ts)])
         self.cut.refuse_observed()
 
     @classmethod
@@ -109,6 +118,28 @@ class Question:
         if at is not None:
             return self.values(at)
         return torch.zeros((1,) + tuple(self.cut.cause.shape[-1:]) * self.event)
+
+    def _refuse_parts(self, things: Sequence[Thing]) -> None:
+        """An error for what is no aggregate of whole plates."""
+        for thing in things:
+            if isinstance(thing, MacroVariable):
+                sites = [self.cut.sites[n] for n in thing.micro]
+                refuse_subsampled(f"macro-variable {thing.name!r}", thing, sites)
+        sites = [self.cut.sites[n] for n in self.cause.micro]
+        state = torch.zeros(self.cut.cause.layout.size, dtype=torch.float64)
+        if not state.numel():
+            raise PyroMacroError(
+                f"{self.what}: its micro state has 0 elements. Expected sites with "
+                "some."
+            )
+        if not self.single:
+            aggregated = MacroVariable(
+                self.cause.name,
+                self.cause.micro,
+                self.cause.over,
+                self.cause.aggregation.within(self.cut.cause.layout),
+            )
+            refuse_injective(self.what, aggregated, state, self.cut.cause.layout)
 
     def unseen(self) -> ExitStack:
         """Inside, nothing of the user's changes, and no handler of his sees it."""
@@ -148,7 +179,9 @@ class Question:
         """The program as an affine-Gaussian one, if it is one."""
         try:
             with self.unseen():
-                return AffineEffect(self.cut)
+                affine = AffineEffect(self.cut)
+                self.refuse_nan(affine.joint().mean)
+                return affine
         except NotAffine as error:
             self._why_not = str(error)
             return None
@@ -159,7 +192,7 @@ class Question:
         if not FiniteEffect.is_finite(self.cut):
             return None
         try:
-            with self.unseen():
+            with self.unseen(), torch.no_grad():
                 return FiniteEffect(self.cut)
         except TooMany as error:
             self._why_not = f"{self.what}: {error}."
@@ -184,7 +217,12 @@ class Question:
 
     def values(self, at: Any) -> Tensor:
         """Macro values as a tensor of shape ``(n,)``, or ``(n, m)`` for vectors."""
-        tensor = torch.as_tensor(at, dtype=torch.float64)
+        try:
+            tensor = torch.as_tensor(at, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PyroMacroError(
+                f"{self.what}: at is {at!r}. Expected macro values, as numbers."
+            ) from error
         tensor = tensor.reshape(1) if tensor.dim() == 0 and not self.event else tensor
         expected = "(n, m)" if self.event else "(n,)"
         if tensor.dim() != 1 + self.event or not tensor.numel():
@@ -235,6 +273,15 @@ class Question:
             return self._finite_values(levels)
         raise NotImplementedError
 
+    def refuse_nan(self, found: Tensor) -> None:
+        """An error if what is found is NaN."""
+        if bool(found.isnan().any()):
+            raise PyroMacroError(
+                f"{self.what}: it, or the effect {name_of(self.effect)!r}, is NaN. "
+                "Look at the parameters of the program: some value or distribution is "
+                "NaN there."
+            )
+
     def refuse_vector(self) -> None:
         if self.event:
             raise PyroMacroError(
@@ -267,6 +314,12 @@ class Question:
             )
         return index
 
+    def exactly(self, at: Tensor, index: Tensor) -> Tensor:
+        """Macro values as they are, where they were given to some digits."""
+        assert self.finite is not None
+        found = self.finite.causes[index]
+        return found[:, : self.cut.cause.shape[-1]] if self.event else found[:, 0]
+
     def instance(
         self, realization: Any, at: Tensor, draws: bool = False, alone: bool = False
     ) -> Realization:
@@ -297,6 +350,10 @@ class Question:
             raise PyroMacroError(
                 f"{self.what}: realization returned {made!r}. Expected a Realization."
             )
+        sampler = getattr(made, "sampler", None)
+        if isinstance(sampler, Chains) and not self.progress:
+            quiet = dataclasses.replace(sampler, progress=False)
+            made = dataclasses.replace(made, sampler=quiet)  # type: ignore[type-var]
         if not hasattr(made, "value"):
             raise PyroMacroError(
                 f"{self.what}: {type(made).__name__} moves the macro-variable and does "
@@ -314,10 +371,31 @@ class Question:
                     whole.law.batch_shape, whole.layout.batch_shape
                 )
                 if len(batch) > self.cut.depth and batch[0] == len(at):
+                    self.refuse_off_fibre(whole, at)
                     return [whole]
             # A function of the user's may not be for many values at once
             one = [self.instance(realization, value[None]) for value in at]
-            return [self._realized(each) for each in one]
+            laws = [self._realized(each) for each in one]
+            for law, value in zip(laws, at, strict=True):
+                self.refuse_off_fibre(law, value[None])
+            return laws
+
+    def refuse_off_fibre(self, realized: Realized, at: Tensor) -> None:
+        """An error if micro states have other macro values than were asked for."""
+        law = over_grid(realized.law, realized.layout, self.cut.depth)
+        with self.unseen(), torch.no_grad():
+            state = realized.push(law.sample())
+        values = realized.layout.unstack(state)
+        found = self.cut.cause.of(values, (len(state),), self.cut.depth)
+        wanted = self.spread(at)
+        slack = 1e-3 * torch.finfo(state.dtype).eps ** 0.5
+        total = torch.stack([v.abs().sum() for v in values.values()]).sum()
+        size = wanted.abs() + total.double()
+        if bool(((found - wanted).abs() > slack * size).any()):
+            raise OffFibre(
+                f"{self.what}: a draw of the micro-realization has the macro value "
+                f"{found[0].tolist()}. Expected {wanted[0].tolist()} (Definition 4)."
+            )
 
     def _realized(self, instance: Realization) -> Realized:
         targets = Ahead({self.cause: instance}, self.model).targets()

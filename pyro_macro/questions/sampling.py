@@ -12,19 +12,20 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_macro.errors import Infeasible, UnsupportedLaw
+from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.cut import Cut, Model
 from pyro_macro.laws.quantity import Quantity
-from pyro_macro.program.inner import is_deterministic, preserved_params, unwrapped
+from pyro_macro.program.inner import (
+    is_deterministic,
+    preserved_buffers,
+    preserved_params,
+)
 from pyro_macro.program.substitution import apart
 
-POOLS = 200  # of proposals, at most
 TRIALS = 3  # whether draws act on one another
 
 
@@ -41,6 +42,8 @@ class Sampler:
     def __init__(
         self, model: Model, cut: Cut, count: int, seed: int, progress: bool = True
     ) -> None:
+        if not isinstance(seed, int):
+            raise PyroMacroError(f"seed={seed!r}. Expected a whole number.")
         self.model, self.cut, self.count, self.seed = model, cut, count, seed
         self.progress, self.depth = progress, cut.depth
         self._known: dict[int, tuple[bool, Any]] = {}  # by id, and what has it
@@ -67,13 +70,50 @@ class Sampler:
         vectorized = self.is_vectorized(fn, grid)
         with self.unseen():
             if vectorized:
-                values = self._values(self._within(fn, lead))
+                values = self.values(self.within(fn, lead))
                 return [q.of(values, lead, self.depth) for q in quantities]
             rows = []
             for _ in tqdm(range(count), disable=not self.progress, desc="Drawing"):
-                values = self._values(self._within(fn, ()))
+                values = self.values(self.within(fn, ()))
                 rows.append([q.of(values) for q in quantities])
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
+
+    def under(
+        self, states: Sequence[Mapping[str, Tensor]], quantity: Quantity, n: int
+    ) -> Tensor:
+        """Draws of a quantity, one under each of some micro states that are set.
+
+        :param states: for each of ``n`` macro values the micro sites' values, with the
+            draws as their leftmost dimension.
+        :returns: shape ``(n, draws, size)``.
+        """
+        model, parts = self.model[0], []
+        vectorized = self.is_vectorized(model, None)
+        with self.unseen():
+            for values in states:
+                count = len(next(iter(values.values())))
+                if vectorized:
+                    whole: Any = {
+                        name: self._widened(name, v) for name, v in values.items()
+                    }
+                    fn = poutine.do(model, data=whole)
+                    drawn = self.values(self.within(fn, (count,)))
+                    parts.append(quantity.of(drawn, (count,), self.depth))
+                    continue
+                rows = []
+                bar = tqdm(range(count), disable=not self.progress, desc="Drawing")
+                for i in bar:
+                    one: Any = {name: v[i] for name, v in values.items()}
+                    fn = poutine.do(model, data=one)
+                    rows.append(quantity.of(self.values(self.within(fn, ()))))
+                parts.append(torch.stack(rows))
+        return torch.stack(parts)
+
+    def _widened(self, name: str, value: Tensor) -> Tensor:
+        """With its draws left of all plates."""
+        event = len(self.cut.sites[name].event_shape)
+        between = self.depth - (value.dim() - 1 - event)
+        return value.reshape(value.shape[:1] + (1,) * between + value.shape[1:])
 
     def before_and_after(
         self, fn: Callable[..., Any]
@@ -83,7 +123,7 @@ class Sampler:
         if not self.is_vectorized(fn, None):
             raise self._refused(f"the noise of {cause.name!r}")
         with self.unseen():
-            values = self._values(self._within(fn, (self.count,)))
+            values = self.values(self.within(fn, (self.count,)))
         micro = values[f"{cause.name}__micro"]
         before = cause.layout.unstack(micro)
         return before, {name: values[name] for name in cause.sites}
@@ -99,13 +139,15 @@ class Sampler:
     def unseen(self) -> ExitStack:
         stack = ExitStack()
         stack.enter_context(preserved_params())
+        stack.enter_context(preserved_buffers())
         # Other numbers each time: a two-sample test needs independent samples
-        stack.enter_context(apart(self.seed + self._calls, torch.device("cpu")))
+        seed = (1_000_003 * self.seed + 7919 * self._calls) % (1 << 62)
+        stack.enter_context(apart(seed, torch.device("cpu")))
         self._calls += 1
         stack.enter_context(torch.no_grad())
         return stack
 
-    def _within(
+    def within(
         self, fn: Callable[..., Any], lead: Sequence[int]
     ) -> Callable[[], poutine.Trace]:
         args, kwargs = self.model[1:]
@@ -120,7 +162,7 @@ class Sampler:
         return run
 
     @staticmethod
-    def _values(run: Callable[[], poutine.Trace]) -> Mapping[str, Any]:
+    def values(run: Callable[[], poutine.Trace]) -> Mapping[str, Any]:
         return {n: node["value"] for n, node in run().nodes.items() if "value" in node}
 
     def is_vectorized(self, fn: Callable[..., Any], grid: int | None) -> bool:
@@ -129,6 +171,8 @@ class Sampler:
         A model that adds up *all* dimensions of a tensor adds up its particles, too.
         All draws but the last are changed; the last must not notice.
         """
+        if self.cut.zero.tracker.escaped:
+            return False  # it branches on values
         if id(fn) not in self._known:
             try:
                 with self.unseen():
@@ -144,7 +188,7 @@ class Sampler:
         one: Any
         other: Any
         again: Any
-        one, other = (self._within(fn, lead)() for _ in range(2))
+        one, other = (self.within(fn, lead)() for _ in range(2))
         random = {
             name: node
             for name, node in one.nodes.items()
@@ -163,9 +207,10 @@ class Sampler:
                 ],
                 dim - event,
             )
-        again = self._within(poutine.condition(fn, data=mixed), lead)()
+        again = self.within(poutine.condition(fn, data=mixed), lead)()
+        own = f"{self.cut.cause.name}__micro"  # may have no density
         for trace in (one, again):
-            trace.compute_log_prob()
+            trace.compute_log_prob(lambda name, site: name != own)
 
         def same(mine: Tensor, yours: Tensor, event: int) -> bool:
             if mine.shape != yours.shape:
@@ -176,6 +221,8 @@ class Sampler:
 
         for name, node in random.items():
             match = again.nodes[name]
+            if name == own:
+                continue
             if not same(node["log_prob"], match["log_prob"], 0):
                 return False
             if is_deterministic(node):
@@ -187,175 +234,7 @@ class Sampler:
                     return False
         return True
 
-    def given_total(
-        self,
-        at: Tensor,
-        quantities: Sequence[Quantity],
-        total: Quantity | None = None,
-        split: Mapping[str, Tensor] | None = None,
-    ) -> list[Tensor] | None:
-        """Draws given that a weighted sum of micro sites has a value.
-
-        All elements but one are drawn as they are, that one makes up the rest, and the
-        draw is kept with a probability that is proportional to its density there.
-
-        :param at: macro values, shape ``(n,)``.
-        :param total: what has these values; the cause by default.
-        :param split: values that some sites have for what follows from them, while
-            their own values are the ones that are returned.
-        :returns: for each quantity, shape ``(n, count, size)``; ``None`` where hardly
-            any are kept.
-        :raises UnsupportedLaw: if no element can make up the rest.
-        :raises Infeasible: if the macro value is out of reach.
-        """
-        kept: list[list[Tensor]] = [[] for _ in quantities]
-        marks: list[Tensor] = []
-        total = self.cut.cause if total is None else total
-        pinned = _Pinned(self.cut, total, at)
-        if not self.is_vectorized(self.model[0], None):
-            raise self._refused("P(effect | cause)")
-        have = torch.zeros(len(at), dtype=torch.long)
-        best = torch.full((len(at), 1), -torch.inf, dtype=torch.float64)
-        size = 4 * self.count
-        with self.unseen():
-            lead = (len(at), size)
-            run = self._within(pinned(Split(split or {})(self.model[0])), lead)
-            bar = tqdm(disable=not self.progress, total=self.count, desc="Conditioning")
-            for _ in range(POOLS):
-                values = self._values(run)
-                weight = pinned.log_weight.reshape(len(at), -1)[:, :size]
-                best = torch.maximum(best, weight.amax(-1, keepdim=True))
-                marks.append(weight - torch.rand(weight.shape).double().log())
-                for part, q in zip(kept, quantities, strict=True):
-                    part.append(q.of(values, lead, self.depth))
-                # Of all proposals so far, against the largest weight so far
-                have = (torch.cat(marks, -1) > best).sum(-1)
-                bar.update(min(int(have.min()), self.count) - bar.n)
-                if int(have.min()) >= self.count:
-                    break
-            bar.close()
-        if not bool(best.isfinite().all()):
-            bad = at[~best.squeeze(-1).isfinite()][0].item()
-            raise Infeasible(
-                f"{total.what}: the macro value {bad:g} cannot be reached, or "
-                "hardly ever is. Choose one that the sites can have."
-            )
-        if int(have.min()) < self.count:
-            return None
-        order = (torch.cat(marks, -1) > best).byte().argsort(-1, descending=True)
-        order = order[:, : self.count]
-        return [
-            torch.cat(part, 1).gather(1, order.unsqueeze(-1).expand(-1, -1, q.size))
-            for part, q in zip(kept, quantities, strict=True)
-        ]
-
 
 def _has(tensor: Tensor, dim: int, size: int) -> bool:
     """Whether a tensor has some size along a dimension, counted from the right."""
     return tensor.dim() >= -dim and tensor.shape[dim] == size
-
-
-class Split(Messenger):
-    """Gives what follows from some sites other values than these sites have.
-
-    A trace around it sees the sites' own values (a single-world intervention).
-    """
-
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.values = values
-
-    # After a handler outside, such as trace, has seen the site
-    def _pyro_post_sample(self, msg: Message) -> None:
-        name = str(msg["name"])
-        if name in self.values:
-            own: Any = msg["value"]
-            msg["value"] = self.values[name].to(own).expand(own.shape)
-
-
-class _Pinned(Messenger):
-    """Lets one element of the last micro site make up the rest of the macro value."""
-
-    def __init__(self, cut: Cut, total: Quantity, at: Tensor) -> None:
-        super().__init__()
-        self.cut, self.quantity, self.at = cut, total, at
-        thing, layout = total.thing, total.layout
-        rows: Tensor | None = torch.ones(1, layout.size, dtype=torch.float64)
-        if not isinstance(thing, str):
-            rows = thing.aggregation.within(layout).weights(
-                torch.zeros(layout.size, dtype=torch.float64)
-            )
-        if rows is None or total.size != 1:
-            raise UnsupportedLaw(
-                f"{total.what}: its sites have causes in common with the effect, "
-                "and P(effect | cause) is then known by draws for a single weighted "
-                "sum. Expected Sum, Mean or Linear over all plates; or hold the "
-                "common causes with `poutine.condition`."
-            )
-        self.row = rows[0]
-        moved = [
-            n
-            for n in cut.sites
-            if n in layout.names
-            and bool(
-                (self.row[layout.place(n).start : layout.place(n).stop] != 0).any()
-            )
-        ]
-        self.last = moved[-1]
-
-    def __enter__(self) -> Any:
-        # What comes later has no weight
-        sites = [self.cut.sites[n] for n in self.quantity.sites]
-        self.values = {s.name: torch.zeros_like(s.expanded(s.value)) for s in sites}
-        return super().__enter__()
-
-    def _pyro_post_sample(self, msg: Message) -> None:
-        name = msg["name"]
-        if name not in self.quantity.sites:
-            return
-        value: Any = msg["value"]
-        self.values[name] = value
-        if name == self.last:
-            self._pin(msg)
-
-    def _pin(self, msg: Any) -> None:
-        layout = self.quantity.layout
-        base = unwrapped(msg["fn"])
-        if base.event_shape or is_deterministic(msg):
-            raise UnsupportedLaw(
-                f"{self.quantity.what}: micro site {self.last!r} is "
-                f"{type(base).__name__}, no element of which makes up the rest of a "
-                "macro value by itself. Expected independent elements."
-            )
-        state = layout.stack(self.values).double()
-        own = layout.place(self.last)
-        weights = self.row[own.start : own.stop]
-        spread = self._spread(base, msg["value"], weights)
-        place = own.start + int(spread.argmax())
-        value = self.at.reshape((-1,) + (1,) * (state.dim() - 2))
-        rest = value - state @ self.row + state[..., place] * self.row[place]
-        state = state.clone()
-        state[..., place] = rest / self.row[place]
-        unstacked = layout.unstack(state)[self.last]
-        unstacked = unstacked.reshape(msg["value"].shape).to(msg["value"].dtype)
-        msg["value"] = unstacked
-        inside = base.support.check(unstacked)
-        safe = torch.where(inside, unstacked, base.sample())
-        log_probs = torch.where(inside, base.log_prob(safe).double(), -torch.inf)
-        stacked = layout.stack(
-            {n: log_probs if n == self.last else v for n, v in self.values.items()}
-        )
-        self.log_weight = stacked[..., place].double()
-
-    def _spread(self, base: Any, value: Tensor, weights: Tensor) -> Tensor:
-        """How far each element of the last site usually is from its mean."""
-        layout = self.quantity.layout
-        try:
-            variance = base.variance.expand(value.shape)
-        except NotImplementedError:
-            variance = torch.ones_like(value)
-        values = {n: v for n, v in self.values.items()} | {self.last: variance}
-        own = layout.place(self.last)
-        spread = layout.stack(values)[..., own.start : own.stop].double()
-        spread = spread.nan_to_num(posinf=0).flatten(0, -2).mean(0)
-        return spread * weights.square()

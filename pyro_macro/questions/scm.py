@@ -114,8 +114,9 @@ def _linear(question: Question, laws: Laws) -> dict[str, float] | None:
     spread = laws.done.variance[:, 0].sqrt() - variance.sqrt()
     if not bool((straight & (spread.abs() <= scale)).all()):
         return None
+    rounding = 1e-12 * (within * variance).sqrt()
     return {
         "beta": float(beta),
         "Var(U)": float(variance),
-        "Cov(xb, U)": float(crossed),
+        "Cov(xb, U)": float(crossed) if abs(crossed) > rounding else 0.0,
     }

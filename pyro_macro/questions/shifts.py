@@ -54,16 +54,17 @@ def shift_confounding(
     seen, before = affine.effect_given(value), affine.effect_given(value - delta)
     done = Moments(before.mean + delta * beta, before.covariance)
     distance = two_wasserstein(seen, done)
-    size = affine.joint([1]).variance.sum().sqrt()
+    rounding = 100 * question.precision * affine.joint([1]).variance.sum().sqrt()
     laws = Laws(
         at,
         seen,
         done,
+        distance <= rounding,
         distance,
         "Wasserstein-2",
         kullback_leibler(done, seen),
         "exact: affine-Gaussian",
-        float(4 * question.precision**0.5 * size),
+        float(rounding),
         Outcomes(),
         Outcomes(),
     )
@@ -134,6 +135,12 @@ def shift_from_atomics(
     return _report(question, shifts, mean, variance.expand(mean.shape))
 
 
+class _Shifted(Question):
+    """Definition 13 is about one variable: it stands for itself."""
+
+    single = True
+
+
 def _asked(
     model: Callable[..., Any],
     cause: MacroVariable,
@@ -142,7 +149,7 @@ def _asked(
     model_args: tuple,
     model_kwargs: dict[str, Any] | None,
 ) -> tuple[Question, Tensor]:
-    question = Question(model, cause, effect, model_args, model_kwargs)
+    question = _Shifted(model, cause, effect, model_args, model_kwargs)
     if question.affine is None:
         raise question.unsupported("the effect of a shift")
     return question, coefficient(question, question.affine, along)

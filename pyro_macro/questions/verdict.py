@@ -14,9 +14,12 @@ from torch import Size, Tensor
 
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.handlers import macro_do
+from pyro_macro.laws.cut import over_grid
 from pyro_macro.laws.moments import Moments, kullback_leibler, root, two_wasserstein
 from pyro_macro.laws.quantity import name_of
+from pyro_macro.laws.sampled.chains import SampledLaw
 from pyro_macro.macro import MacroVariable
+from pyro_macro.questions.conditioning import given_total
 from pyro_macro.questions.question import (
     QUANTILES,
     Question,
@@ -97,11 +100,13 @@ def confounding(
     question, instance = Question.of(
         model, cause, effect, realization, at, model_args, model_kwargs
     )
-    if num_samples < 20 or not 0 < level < 1:
+    numbers = isinstance(num_samples, int) and isinstance(level, float)
+    if not numbers or num_samples < 20 or not 0 < level < 1:
         raise PyroMacroError(
-            f"confounding: num_samples={num_samples} and level={level}. Expected at "
-            "least 20 draws, and a level between 0 and 1."
+            f"confounding: num_samples={num_samples!r} and level={level!r}. Expected "
+            "at least 20 draws, and a level between 0 and 1."
         )
+    question.progress = progress
     laws = exact_laws(question, realization, instance, at)
     if laws is not None:
         return laws.report(question, instance)
@@ -125,23 +130,25 @@ class Laws:
     """Both laws at some macro values, and how far they are apart.
 
     :ivar kind: which distance it is.
-    :ivar tolerance: the largest distance that counts as none: rounding.
+    :ivar equal: whether they are the same but for rounding, shape ``(n,)``.
+    :ivar tolerance: what counts as rounding, in the units of the distance.
     """
 
     at: Tensor
     seen: Moments
     done: Moments
+    equal: Tensor
     distance: Tensor
     kind: str
-    divergence: Tensor | None
+    divergence: Tensor
     method: str
     tolerance: float
     observational: Outcomes
     interventional: Outcomes
 
     def report(self, question: Question, instance: Realization) -> ConfoundingReport:
-        equal = (self.distance <= self.tolerance).tolist()
-        verdicts = tuple(INHIBITING if same else INDUCING for same in equal)
+        question.refuse_nan(torch.cat([self.seen.mean, self.done.mean]))
+        verdicts = tuple(INHIBITING if same else INDUCING for same in self.equal)
         shape = Size([len(self.at)]) + question.cut.others["effect"][0].shape
         return ConfoundingReport(
             cause=question.cause.name,
@@ -152,10 +159,10 @@ class Laws:
             observational_variance=self.seen.variance.reshape(shape),
             interventional_mean=self.done.mean.reshape(shape),
             interventional_variance=self.done.variance.reshape(shape),
-            distance=self.distance,
+            distance=torch.where(self.equal, 0.0, self.distance),
             distance_kind=self.kind,
-            divergence=self.divergence,
-            verdict=INHIBITING if all(equal) else INDUCING,
+            divergence=torch.where(self.equal, 0.0, self.divergence),
+            verdict=INHIBITING if bool(self.equal.all()) else INDUCING,
             verdicts=verdicts,
             method=self.method,
             tolerance=self.tolerance,
@@ -192,21 +199,23 @@ def _affine(
         done = None if None in parts else _joined([p for p in parts if p is not None])
     if done is None:
         return None
-    eps = question.precision
-    total = affine.joint([1]).variance.sum().sqrt()
-    spread = torch.maximum(total, done.variance.sum(-1).sqrt().max())
-    rounding = 4 * eps**0.5 * spread + 100 * eps * seen.mean.abs().max()
-    nearly = two_wasserstein(seen, done) <= rounding
-    divergence = kullback_leibler(done, seen)
+    slack = 100 * question.precision
+    variances = [m.variance.sum(-1) for m in (seen, done, affine.joint([1]))]
+    total = torch.stack(torch.broadcast_tensors(*variances)).amax(0)  # (n,)
+    # A natural law has the same mean as the observational one, digit by digit
+    mean = 0.0 if is_natural(instance) else seen.mean.abs().sum(-1)
+    near = (seen.mean - done.mean).abs().amax(-1) <= slack * (total.sqrt() + mean)
+    alike = (seen.covariance - done.covariance).abs().amax((-1, -2)) <= slack * total
     return Laws(
         at,
         seen,
         done,
+        near & alike,
         two_wasserstein(seen, done),
         "Wasserstein-2",
-        torch.where(nearly, 0.0, divergence),
+        kullback_leibler(done, seen),
         "exact: affine-Gaussian",
-        float(rounding),
+        float((slack * (total.sqrt() + mean)).max()),
         Outcomes(),
         Outcomes(),
     )
@@ -226,6 +235,7 @@ def _finite(
         return None
     at = question.default_at() if at is None else question.values(at)
     index = question.index(at)
+    at = question.exactly(at, index)
     if is_natural(instance) and instance.given:
         done: Tensor | None = finite.effect_adjusted(index)
     elif is_natural(instance):
@@ -249,15 +259,17 @@ def _finite(
     divergence = torch.where(done > 0, done * ratio, 0.0)
     divergence = torch.where((seen <= 0) & (done > eps), torch.inf, divergence).sum(-1)
     values = finite.effects[:, 0] if finite.effects.shape[1] == 1 else None
+    apart = (seen - done).abs().sum(-1) / 2
     return Laws(
         at,
         finite.moments(seen),
         finite.moments(done),
-        (seen - done).abs().sum(-1) / 2,
+        apart <= eps**0.6,
+        apart,
         "total variation",
         divergence.clamp(min=0),
         "exact: finite",
-        float(eps**0.6),
+        eps**0.6,
         Outcomes(values, seen),
         Outcomes(values, done),
     )
@@ -279,6 +291,7 @@ def _drawn(
     elif at is None:
         question.refuse_vector()
         drawn = sampler.draw(model, [cut.cause])[0].mean(-1)
+        question.refuse_nan(drawn)
         levels = torch.tensor(QUANTILES, dtype=torch.float64)
         at = drawn.quantile(levels, interpolation="nearest").unique()
     at = question.values(at)
@@ -286,24 +299,22 @@ def _drawn(
     seen = _observed(question, sampler, at)
     done = _under(question, sampler, realization, at)
     n, size = len(at), effect.size
+    question.refuse_nan(torch.cat([seen.flatten(), done.flatten()]))
     flat = [d.transpose(1, 2).reshape(n * size, -1) for d in (seen, done)]
-    # Each element of the effect and each macro value is a chance of a false alarm
-    share = level / (n * size)
-    permutations = max(999, int(4 / share) - 1)
-    test = compare(flat[0], flat[1], share, permutations, sampler.seed)
-    p_value = (test.p_value.reshape(n, size).amin(-1) * size).clamp(max=1)
+    test = compare(flat[0], flat[1], level, seed=sampler.seed)
+    p_value = test.p_value.reshape(n, size).amin(-1)
     by_theorem = natural and is_natural(instance) and not instance.given
     method = "Monte Carlo"
     detail = (
-        f"{sampler.count:,} draws of each law at each macro value, permutation test on "
-        f"the energy distance, smallest p-value {float(p_value.min()):.2g}, level "
-        f"{level:g} for all together"
+        f"{seen.shape[1]:,} and {done.shape[1]:,} draws of the laws at each macro "
+        "value, permutation test on the energy distance, smallest p-value "
+        f"{float(p_value.min()):.2g}, level {level:g} for all together"
     )
-    alarm = (p_value <= level / n).tolist()
+    alarm = (p_value <= level).tolist()
     if by_theorem:
         verdicts = [INHIBITING] * n
         method = "exact: Theorem 3.1, no common cause; moments by Monte Carlo"
-        detail = f"{sampler.count:,} draws of each law at each macro value"
+        detail = f"{done.shape[1]:,} draws of each law at each macro value"
     else:
         verdicts = [INDUCING if seen else UNDECIDED for seen in alarm]
     shape = Size([n]) + effect.shape
@@ -341,7 +352,7 @@ def _drawn(
         tolerance=0.0,
         p_value=None if by_theorem else p_value,
         detectable=None if by_theorem else test.detectable.reshape(n, size).amax(-1),
-        num_samples=sampler.count,
+        num_samples=min(seen.shape[1], done.shape[1]),
         observational=outcomes(seen),
         interventional=outcomes(done),
     )
@@ -361,7 +372,7 @@ def _observed(question: Question, sampler: Sampler, at: Tensor) -> Tensor:
             return question.finite.effects[rows]
     if not question.common_causes:
         return _under(question, sampler, Natural, at)
-    found = sampler.given_total(at, question.cut.others["effect"])
+    found = given_total(sampler, at, question.cut.others["effect"])
     if found is None:
         raise UnsupportedLaw(
             f"{question.what}: hardly any draw could be made of the program given "
@@ -375,6 +386,9 @@ def _under(
 ) -> Tensor:
     """Draws of the effect when the macro value is set: ``(n, N, size)``."""
     effect = question.cut.others["effect"]
+    states = _from_chains(question, realization, at)
+    if states is not None:
+        return sampler.under(states, effect[0], len(at))
     fn = macro_do(
         question.model[0],
         {question.cause: question.instance(realization, at, draws=True)},
@@ -387,3 +401,30 @@ def _under(
         fn = macro_do(question.model[0], {question.cause: one})
         parts.append(sampler.draw(fn, effect)[0])
     return torch.stack(parts)
+
+
+def _from_chains(
+    question: Question, realization: Realizing, at: Tensor
+) -> list[dict[str, Tensor]] | None:
+    """Micro states that chains have drawn, for each macro value as many as count.
+
+    A chain's draws depend on one another, and a law that is known by them has no more:
+    only so many are taken, evenly, as are worth independent ones.
+    """
+    instance = question.instance(realization, at)
+    if instance.acts_on_natural or instance.given:
+        return None
+    laws = question.realized(realization, at)
+    if not any(isinstance(r.law, SampledLaw) for r in laws):
+        return None
+    found = []
+    least = min(r.law.effective for r in laws)
+    for r in laws:
+        stored = r.law.draws
+        count = max(20, min(len(stored), int(least)))
+        chosen = torch.linspace(0, len(stored) - 1, count).round().long()
+        law = over_grid(r.law, r.layout, question.cut.depth)
+        stored = stored[chosen].expand(count, *law.batch_shape, -1)
+        for states in stored.movedim(1, 0):
+            found.append(r.layout.unstack(r.push(states)))
+    return found

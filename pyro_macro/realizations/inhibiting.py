@@ -34,8 +34,11 @@ from pyro_macro.laws.gaussian.inhibiting import (
     times,
 )
 from pyro_macro.laws.quantity import Thing, name_of
+from pyro_macro.macro import MacroVariable
 from pyro_macro.program.layout import Layout
 from pyro_macro.realizations.base import MicroState, Realization, Realized
+
+NARROW = ". Prices (alpha) further apart would make room."
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ class Inhibiting(Realization):
 
     In a program of finite sites it is a mixture of micro states, found by a linear
     program for each macro value: of all, the closest to the natural one in total
-    variation.
+    variation. Its weights are constants: no gradients flow through them.
 
     :param value: the macro value.
     :param effect: a macro-variable, or the name of a site: one number.
@@ -77,12 +80,21 @@ class Inhibiting(Realization):
     levers: Sequence[str | int] | None = None
     looks_downstream = True
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.effect, (str, MacroVariable)):
+            raise PyroMacroError(
+                f"Inhibiting: effect is {self.effect!r}. Expected a MacroVariable, or "
+                "the name of a site."
+            )
+
     def realize(self, state: MicroState) -> Realized:
         value = state.tensor(self.value, "value")
         program = state.program
         groups: dict[str, Sequence[Thing]] = {"effect": (self.effect,)}
         cut = Cut(program.model, state.macro, groups, program.shared)
         cut.refuse_observed()
+        cut.refuse_overlap()
         self._refuse_vectors(cut)
         try:
             effect = AffineEffect(cut, cut.is_differentiable())
@@ -185,12 +197,18 @@ class Inhibiting(Realization):
     def _refuse(self, effect: AffineEffect, left: Tensor, more: str) -> None:
         noise = float(effect.noise_covariance[0, 0])
         seen = float(left.reshape(-1)[0])
+        both = f"Var(effect | value) = {seen:g}", f"Var(N) = {noise:g}"
+        if seen < noise:
+            said = (
+                f"{both[0]} < {both[1]} for the part N that does not go through the "
+                "micro state, and (9) asks for at least that"
+            )
+        else:
+            said = f"(9) holds, {both[0]} >= {both[1]}, but"
         raise Infeasible(
             f"{effect.cause.what}: no Gaussian micro-realization inhibits the "
-            f"confounding with {effect.effect.name!r}: Var(effect | value) = {seen:g} "
-            f"{'>=' if seen >= noise else '<'} Var(N) = {noise:g} for the part N that "
-            "does not go through the micro state, and (9) asks for at least that"
-            + (more or ". Prices (alpha) further apart would make room.")
+            f"confounding with {effect.effect.name!r}: {said}"
+            + (more if seen >= noise else NARROW)
         )
 
     def _levers(self, state: MicroState) -> Tensor | None:
@@ -210,9 +228,9 @@ class Inhibiting(Realization):
                         f"{state.what}: levers", lever, layout.names
                     )
                 found.extend(layout.place(lever))
-            elif not 0 <= lever < layout.size:
+            elif not isinstance(lever, int) or not 0 <= lever < layout.size:
                 raise PyroMacroError(
-                    f"{state.what}: lever {lever} is no element of a micro state of "
+                    f"{state.what}: lever {lever!r} is no element of a micro state of "
                     f"{layout.size}. Expected 0 to {layout.size - 1}."
                 )
             else:
@@ -284,10 +302,10 @@ class Inhibiting(Realization):
 def _no_lever(levers: Any) -> str:
     if levers is None:
         return (
-            ". The effect moves with the macro value alone (alpha is a multiple of "
-            "its weights), so that all micro-realizations have the same effect."
+            " the effect moves with the macro value alone (alpha is a multiple of its "
+            "weights), so that all micro-realizations have the same effect."
         )
-    return f". The levers {list(levers)} cannot move the effect without moving the sum."
+    return f" the levers {list(levers)} cannot move the effect without the sum."
 
 
 def _stacked(flat: Tensor, cut: Cut, layout: Layout) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Size, Tensor
 
 from pyro_macro.errors import Infeasible
-from pyro_macro.laws.cut import Cut
+from pyro_macro.laws.cut import Cut, over_grid
 from pyro_macro.laws.finite.configurations import finite_values
 from pyro_macro.laws.finite.joint import (
     AFTER,
@@ -191,6 +191,8 @@ class FiniteEffect:
         """
         parts = self.read.quantities[2:]
         u = len(self.before)
+        if not parts:
+            return torch.zeros(1, 0, dtype=torch.float64), torch.zeros(u).long()
         rows = [part[:, 0, 0].expand(u, -1) for part in parts]
         return distinct(torch.cat(rows, -1))
 
@@ -200,26 +202,15 @@ class FiniteEffect:
         :param law: a distribution, batch shape ``(n, ...)``.
         :returns: ``None`` if it puts weight elsewhere.
         """
-        named = self.micro_values()
-        batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
-        n, slots = batch[0], batch[1:]
-        law = law.expand(batch) if batch != law.batch_shape else law
-        vectors = layout.stack(
-            {
-                name: value.reshape(
-                    value.shape[:1]
-                    + (1,) * (len(slots) + 1 - (value.dim() - 1 - event))
-                    + value.shape[1:]
-                )
-                for name, value in named.items()
-                for event in [len(self.cut.sites[name].event_shape)]
-            }
-        )  # (X, 1, ..., K)
-        vectors = vectors.reshape(
-            (len(self.states),)
-            + (1,) * (len(batch) + 2 - vectors.dim())
-            + vectors.shape[1:]
-        )
+        law = over_grid(law, layout, self.read.depth)
+        batch, n = law.batch_shape, law.batch_shape[0]
+        stacked = {}
+        for name, value in self.micro_values().items():
+            # Dimensions: the states, then those of the batch, then its own
+            own = value.dim() - 1 - len(self.cut.sites[name].event_shape)
+            between = (1,) * (len(batch) - own)
+            stacked[name] = value.reshape(value.shape[:1] + between + value.shape[1:])
+        vectors = layout.stack(stacked)  # (X, ..., K)
         base = law
         while hasattr(base, "base_dist"):
             base = base.base_dist

@@ -106,11 +106,13 @@ class JointValues:
         values = {a.site.name: self._placed(a) for a in self.ancestors}
         try:
             run = self._run(values)
+            found = {n: s.value for n, s in run.sites.items()} | values
+            self.weights = {b: self._weight(b, run, values) for b in BLOCKS}
+            self.quantities = [self._of(q, found) for q in self._asked]
         except Exception:  # whatever it is, a single run will tell
             return False
-        found = {n: s.value for n, s in run.sites.items()} | values
-        self.weights = {b: self._weight(b, run, values) for b in BLOCKS}
-        self.quantities = [self._of(q, found) for q in self._asked]
+        if run.tracker.escaped or run.tracker.whole:
+            return False  # it looks at all joint values at once
         return self._agrees()
 
     def _agrees(self) -> bool:

@@ -70,15 +70,16 @@ def finite_law(
     supports = supports_of(upstream, fibre)
     if supports is None:
         return None
-    causes: list[str] | None = []
-    known: list[Evidence] = []
-    if not uniform:
-        known = upstream.relevant(layout.names, given, what)[1]
-        causes = upstream.causes(layout.names, known)
-    if causes is None or any(
+    known = [] if uniform else upstream.relevant(layout.names, given, what)[1]
+    causes = upstream.causes(layout.names, known)
+    infinite = causes is None or any(
         finite_values(upstream.sites[name].fn) is None for name in causes
-    ):
+    )
+    if uniform and infinite:
+        causes = []  # which values are possible is seen where they happen to be
+    elif infinite:
         return None
+    assert causes is not None
     values = element_values(layout, supports)
     sums = fibre.aggregation.as_sums(values, fibre.value.double())
     is_sum = sums is not None and is_lattice(sums) is not None

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from pyro_macro.errors import NotAffine
-from pyro_macro.laws.cut import Cut
+from pyro_macro.laws.cut import Cut, over_grid
 from pyro_macro.laws.gaussian.derivatives import agree
-from pyro_macro.laws.moments import Moments
+from pyro_macro.laws.moments import Moments, inverse
 from pyro_macro.laws.quantity import Quantity
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.noise import Key, Noise, NoiseRun, NoiseView, noise_form
@@ -228,8 +228,8 @@ class AffineEffect:
         scale = crossed.abs()
         if len(self._coefficients) > 2:
             rows = torch.cat(self._coefficients[2:])
-            inverse = torch.linalg.pinv(rows @ rows.mT, hermitian=True)
-            explained = self.covariance_with_state(rows) @ inverse @ (rows @ own.mT)
+            known = inverse(rows @ rows.mT) @ (rows @ own.mT)
+            explained = self.covariance_with_state(known.mT @ rows)
             scale = scale + explained.abs()
             crossed = crossed - explained
         # What no correlation would be: that of a typical element with the noise
@@ -263,8 +263,7 @@ class AffineEffect:
         means = torch.cat([self._means[i] for i in known])
         b = self.cause.size
         through = self._coefficients[1] - self.own[0]  # that of alpha.X
-        inverse = torch.linalg.pinv(rows @ rows.mT, hermitian=True)
-        solved = through @ rows.mT @ inverse  # (e, b + others)
+        solved = through @ rows.mT @ inverse(rows @ rows.mT)  # (e, b + others)
         rest = through - solved @ rows
         moved = solved[:, b:] @ rows[b:] + self.own[0]
         covariance = rest @ rest.mT + moved @ moved.mT
@@ -279,8 +278,7 @@ class AffineEffect:
         :param push: from its draws to the micro state.
         :returns: ``None`` if the law is not a Gaussian.
         """
-        batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
-        law = law.expand(batch) if batch != law.batch_shape else law
+        law = over_grid(law, layout, self.cut.depth)
         form = noise_form(law)
         if form is None:
             return None
