@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_macro.errors import PyroMacroError
 from pyro_macro.reports import AdjustmentReport, ConfoundingReport, Outcomes
 
 SEEN, DONE, OTHER = "#4477AA", "#CC6677", "#228833"
@@ -30,9 +31,9 @@ def _axes(ax: Any) -> Any:
 def _numbers(at: Tensor, *others: Tensor) -> list[Any]:
     """Macro values in ascending order, and the rest along with them, as arrays."""
     if at.dim() > 1 or any(t.dim() > 1 for t in others):
-        raise ValueError(
-            "a picture shows one number against one number. Choose one element of the "
-            "cause or the effect."
+        raise PyroMacroError(
+            "plot: a picture shows one number against one number, and the cause or the "
+            "effect has several. Ask about one element."
         )
     order = at.argsort()
     return [t[order].detach().cpu().numpy() for t in (at, *others)]
@@ -58,7 +59,6 @@ def plot_confounding(report: ConfoundingReport, ax: Any = None) -> Any:
     :param ax: axes of matplotlib; new ones by default.
     :returns: the axes.
     """
-    ax = _axes(ax)
     at, *laws = _numbers(
         report.at,
         report.observational_mean,
@@ -66,6 +66,7 @@ def plot_confounding(report: ConfoundingReport, ax: Any = None) -> Any:
         report.interventional_mean,
         report.interventional_variance,
     )
+    ax = _axes(ax)
     seen = f"seen: P({report.effect} | {report.cause})"
     done = f"set: P({report.effect} | do({report.cause}))"
     if len(at) == 1:
@@ -73,10 +74,13 @@ def plot_confounding(report: ConfoundingReport, ax: Any = None) -> Any:
             (report.observational, (laws[0], laws[1]), SEEN, seen),
             (report.interventional, (laws[2], laws[3]), DONE, done),
         ]
+        bins = _bins(report.observational, report.interventional)
         for outcomes, moments, color, label in pairs:
-            _distribution(ax, outcomes, moments, color, label)
+            _distribution(ax, outcomes, moments, (color, label), bins)
+        discrete = report.observational.weights is not None
         ax.set_xlabel(report.effect)
-        ax.set_ylabel("probability")
+        ax.set_ylabel("probability" if discrete else "density")
+        ax.set_ylim(0, 1.25 * ax.get_ylim()[1])  # room for the legend
         ax.set_title(
             f"{report.cause} = {at[0]:g}, {report.realization}: {report.verdict}"
         )
@@ -91,20 +95,33 @@ def plot_confounding(report: ConfoundingReport, ax: Any = None) -> Any:
     return ax
 
 
+def _bins(*laws: Outcomes) -> Any:
+    """The same bins for both: whole numbers where the draws are."""
+    known = [law.draws[0] for law in laws if law.draws is not None]
+    if not known:
+        return None
+    draws = torch.cat(known)
+    low, high = float(draws.min()), float(draws.max())
+    if bool((draws == draws.round()).all()) and high - low < 100:
+        return (torch.arange(low, high + 2) - 0.5).numpy()
+    count = min(60, max(8, int(len(known[0]) ** 0.5)))
+    return torch.linspace(low, high, count + 1).numpy()
+
+
 def _distribution(
-    ax: Any, outcomes: Outcomes, moments: tuple[Any, Any], color: str, label: str
+    ax: Any, outcomes: Outcomes, moments: tuple[Any, Any], look: Any, bins: Any
 ) -> None:
+    color, label = look
     if outcomes.values is not None and outcomes.weights is not None:
         values, weights = outcomes.values.numpy(), outcomes.weights[0].numpy()
-        gap = (
-            float(outcomes.values.sort().values.diff().min()) if len(values) > 1 else 1
-        )
+        steps = outcomes.values.sort().values.diff()
+        gap = float(steps.min()) if len(steps) else 1.0
         move = -0.2 if color == SEEN else 0.2
         ax.bar(values + move * gap, weights, 0.4 * gap, color=color, label=label)
         return
     if outcomes.draws is not None:
         draws = outcomes.draws[0].numpy()
-        ax.hist(draws, 50, density=True, color=color, alpha=0.4, label=label)
+        ax.hist(draws, bins, density=True, color=color, alpha=0.4, label=label)
         return
     mean, spread = float(moments[0][0]), float(moments[1][0].clip(min=0)) ** 0.5
     if spread == 0:
@@ -122,7 +139,6 @@ def plot_adjustment(report: AdjustmentReport, ax: Any = None) -> Any:
     :param ax: axes of matplotlib; new ones by default.
     :returns: the axes.
     """
-    ax = _axes(ax)
     at, *laws = _numbers(
         report.at,
         report.observational_mean,
@@ -130,16 +146,21 @@ def plot_adjustment(report: AdjustmentReport, ax: Any = None) -> Any:
         report.mean,
         report.variance,
         report.interventional_mean,
+        report.interventional_variance,
     )
+    ax = _axes(ax)
     _band(
         ax, at, (laws[0], laws[1]), SEEN, f"seen: P({report.effect} | {report.cause})"
     )
     names = ", ".join(report.adjustment)
     _band(ax, at, (laws[2], laws[3]), OTHER, f"adjusted for {names}")
     if not report.condition.holds:
-        ax.plot(at, laws[4], color=DONE, ls="--", label="under do: (15) does not hold")
+        label = f"set: Natural(value, given={names})"
+        _band(ax, at, (laws[4], laws[5]), DONE, label)
     ax.set_xlabel(report.cause)
     ax.set_ylabel(report.effect)
+    said = "holds" if report.condition.holds else "does not hold"
+    ax.set_title(f"adjusted for {names}: condition (15) {said}")
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return ax

@@ -317,7 +317,8 @@ def test_picture_of_confounding(make):
     ax = report.plot()
     many = len(report.at) > 1
     assert ax.get_xlabel() == ("sales" if many else "revenue")
-    assert ax.get_ylabel() == ("revenue" if many else "probability")
+    one = "density" if report.observational.weights is None else "probability"
+    assert ax.get_ylabel() == ("revenue" if many else one)
     assert report.verdict in ax.get_title()
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     assert labels == ["seen: P(revenue | sales)", "set: P(revenue | do(sales))"]
@@ -360,7 +361,8 @@ def test_picture_of_adjustment(adjustment):
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
     expected = ["seen: P(revenue | sales)", f"adjusted for {adjustment[0]}"]
     if not report.condition.holds:
-        expected.append("under do: (15) does not hold")
+        expected.append(f"set: Natural(value, given={adjustment[0]})")
+        assert "(15) does not hold" in ax.get_title()
     assert labels == expected
     assert report.condition.holds == (adjustment == ["z"])
     _, mine = plt.subplots()

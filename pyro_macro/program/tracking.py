@@ -59,26 +59,27 @@ _REDUCTIONS = """
     count_nonzero
 """
 _WHOLE = frozenset(_REDUCTIONS.split())
-NOISE = "<noise>"
+MARK = "\0"  # what no name of a site begins with
+NOISE = MARK + "noise"
 _serial = itertools.count()
 
 
 def site_names(sources: frozenset[str]) -> frozenset[str]:
     """The names of sites among the sources."""
-    return frozenset(name for name in sources if not name.startswith("<"))
+    return frozenset(name for name in sources if not name.startswith(MARK))
 
 
 def kinks(sources: frozenset[str]) -> frozenset[str]:
     """The operations with kinks, on values that carry noise, among the sources."""
-    found = (name for name in sources if name.startswith("<"))
-    return frozenset(name[1:-1] for name in found if name != NOISE)
+    found = (name for name in sources if name.startswith(MARK))
+    return frozenset(name[1:] for name in found if name != NOISE)
 
 
 class Tracker(TorchFunctionMode):
     """Notes, while it is active, which sites each tensor is computed from.
 
-    Sources are the names of sites, and in angle brackets: :data:`NOISE` where a value
-    carries noise, and operations with kinks that were applied to such values.
+    Sources are the names of sites, and behind a :data:`MARK`: :data:`NOISE` where a
+    value carries noise, and operations with kinks that were applied to such values.
 
     >>> with Tracker() as tracker:
     ...     a = tracker.mark(torch.tensor(1.0), {"a"})
@@ -112,7 +113,7 @@ class Tracker(TorchFunctionMode):
                 or name in _ESCAPES
                 or _is_discrete(result)
             ):
-                sources |= {f"<{name.strip('_')}>"}
+                sources |= {MARK + name.strip("_")}
             if name in _ESCAPES:
                 self.escaped |= sources
                 return result

@@ -59,7 +59,7 @@ def macro_scm_exists(
         raise question.unsupported("whether a causal model explains both regimes")
     linear = None
     if question.affine is not None:
-        excess = _impossible(laws)
+        excess = _impossible(laws, question.affine.joint([1]).variance.sum())
         linear = _linear(question, laws)
     else:
         finite, index = question.finite, question.index(laws.at)
@@ -80,14 +80,17 @@ def macro_scm_exists(
     )
 
 
-def _impossible(laws: Laws) -> Tensor:
-    """How far what is seen lies where the intervention never leads."""
+def _impossible(laws: Laws, usual: Tensor) -> Tensor:
+    """How far what is seen lies where the intervention never leads.
+
+    :param usual: the variance of the effect, beside which rounding is told.
+    """
     done, seen = laws.done.covariance, laws.seen.covariance
-    scale = seen.diagonal(dim1=-2, dim2=-1).sum(-1)
     values, vectors = torch.linalg.eigh(done)
-    total = torch.maximum(scale, values.amax(-1)).unsqueeze(-1)
+    total = torch.maximum(usual, values.amax(-1)).unsqueeze(-1)
     never = values <= 1e-12 * total  # directions in which nothing moves
     within = (vectors.mT @ seen @ vectors).diagonal(dim1=-2, dim2=-1)
+    within = torch.where(within <= 1e-12 * total, 0.0, within)
     away = ((laws.seen.mean - laws.done.mean).unsqueeze(-2) @ vectors).squeeze(-2)
     return torch.where(never, within.clamp(min=0).sqrt() + away.abs(), 0.0).amax(-1)
 

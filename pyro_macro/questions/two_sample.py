@@ -12,7 +12,7 @@ from torch import Tensor
 
 _CELLS = 1 << 23  # of the largest temporary table
 POWER = 0.8
-SPLITS, HALVINGS = 60, 9
+SPLITS, HALVINGS = 40, 7
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ def compare(
     :param level: at which something is held to be seen, for ``detectable``.
     :param permutations: by default 999, or more for small levels.
     """
-    count = max(999, int(20 / level) - 1) if permutations is None else permutations
+    count = max(999, int(10 / level) - 1) if permutations is None else permutations
     generator = torch.Generator().manual_seed(seed)
     pooled, order = torch.cat([one, other], -1).double().sort(-1)
     gaps = pooled.diff(dim=-1)  # (n, 2N - 1)

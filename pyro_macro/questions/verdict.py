@@ -424,7 +424,10 @@ def _from_chains(
         count = max(20, min(len(stored), int(least)))
         chosen = torch.linspace(0, len(stored) - 1, count).round().long()
         law = over_grid(r.law, r.layout, question.cut.depth)
-        stored = stored[chosen].expand(count, *law.batch_shape, -1)
+        batch = law.batch_shape
+        lead = (count,) + (1,) * (len(batch) - stored.dim() + 2)
+        stored = stored[chosen].reshape(*lead, *stored.shape[1:])
+        stored = stored.expand(count, *batch, -1)
         for states in stored.movedim(1, 0):
             found.append(r.layout.unstack(r.push(states)))
     return found

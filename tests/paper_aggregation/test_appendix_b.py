@@ -298,3 +298,9 @@ def test_programs_that_are_not_gaussian():
     ):
         with pytest.raises(pm.UnsupportedLaw, match="'x' is not Gaussian"):
             ask()
+
+
+@pytest.mark.parametrize("delta", [[1.0, 2.0, 3.0], "a", float("nan"), None])
+def test_a_shift_is_one_finite_number(delta):
+    with pytest.raises(pm.PyroMacroError, match="delta"):
+        pm.shift_confounding(shop, SALES, "revenue", delta, at=[33.0])

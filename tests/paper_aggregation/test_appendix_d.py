@@ -111,6 +111,28 @@ def test_noise_of_the_effect_makes_room():
     assert report.linear is None
 
 
+def test_another_variance_has_no_linear_model():
+    """The means lie on a line through the observed mean, U's variance does not fit."""
+
+    def spread(factor):
+        def fn(value):
+            loc = torch.tensor([10.0, 20.0]) + (value.unsqueeze(-1) - 30) * 0.5
+            root = factor * torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+            return dist.MultivariateNormal(loc, scale_tril=root, validate_args=False)
+
+        return lambda value: pm.Explicit(value, fn)
+
+    # beta = 2, Cov(xb, U) = (1.4 - 2) 5 = -3, Var(U) = 3.2 + 9/5 = 5 = (2 factor)^2
+    fits = spread(1.25**0.5)
+    report = pm.macro_scm_exists(shop, SALES, "revenue", fits, [20.0, QUERY])
+    assert report.exists
+    assert report.linear == pytest.approx(
+        {"beta": 2.0, "Var(U)": 5.0, "Cov(xb, U)": -3.0}, abs=1e-9
+    )
+    report = pm.macro_scm_exists(shop, SALES, "revenue", spread(2.0), [20.0, QUERY])
+    assert report.exists and report.linear is None
+
+
 def test_effects_of_which_a_part_is_fixed():
     """Two revenues: X1 is set to a multiple of xb, X2 and X3 vary."""
 

@@ -483,7 +483,7 @@ def check(report, spec, values, laws, what):
     for i, (seen, done) in enumerate(laws):
         apart = wasserstein(seen, done)
         # Of matrices, the square is known to the root of the rounding
-        limit = 1e-12 if len(seen[0]) == 1 else 3e-8
+        limit = 1e-11 if len(seen[0]) == 1 else 3e-8
         gap = abs(float(report.distance[i]) ** 2 - apart**2) / unit**2
         assert gap < (1e-4 if single else limit), f"{what}: distance {gap:.3g}"
         if apart < (1e-5 if single else 1e-9) * unit:
@@ -531,39 +531,84 @@ def ask(spec, realization, at):
     return pm.confounding(spec.model, spec.cause, spec.effect, realization, at)
 
 
-def test_the_dense_system_is_the_program():
-    """4000 draws of five programs: all means and covariances, level about 1e-5."""
-    for seed in range(5):
-        spec = draw_spec(seed)
-        n = 4000
-        with pyro.plate("draws", n, dim=-3):
-            nodes = pyro.poutine.trace(spec.model).get_trace().nodes
-        draws = []
-        for site in spec.sites.values():
-            value = Spec._wide(nodes[site.name]["value"], site)
-            draws.append(value.reshape(-1, np.prod(site.shape)).expand(n, -1))
-        z = torch.cat(draws, -1).numpy()
-        sd = np.sqrt(np.diag(spec.covariance))
-        live = sd > 0
-        gap = (z.mean(0) - spec.mean)[live] / sd[live] * n**0.5
-        assert np.abs(gap).max() < 5.5
-        found = np.cov(z.T)[np.ix_(live, live)]
-        want = spec.covariance[np.ix_(live, live)]
-        scale = np.sqrt(np.outer(np.diag(want), np.diag(want)) + want**2)
-        assert np.abs((found - want) / scale * n**0.5).max() < 5.5
+def draws_of(spec, fn, n):
+    """All elements of all sites, ``(n, size)``."""
+    with pyro.plate("draws", n, dim=-3):
+        nodes = pyro.poutine.trace(fn).get_trace().nodes
+    draws = []
+    for site in spec.sites.values():
+        value = Spec._wide(nodes[site.name]["value"], site)
+        value = value.expand((-1, *site.shape))
+        draws.append(value.reshape(-1, int(np.prod(site.shape))).expand(n, -1))
+    return torch.cat(draws, -1).double().numpy()
+
+
+def assert_moments(draws, mean, cov):
+    """Means and covariances within 5.5 standard errors: level 1e-5 and below."""
+    n = len(draws)
+    sd = np.sqrt(np.diag(cov))
+    live = sd > 1e-6 * max(1, sd.max())
+    gap = draws.mean(0) - mean
+    assert np.abs(gap[~live]).max(initial=0) < 1e-4 * (1 + np.abs(mean).max())
+    assert np.abs(gap[live] / sd[live] * n**0.5).max(initial=0) < 5.5
+    found, want = np.cov(draws.T).reshape(cov.shape), cov[np.ix_(live, live)]
+    scale = np.sqrt(np.outer(np.diag(want), np.diag(want)) + want**2)
+    gap = (found[np.ix_(live, live)] - want) / scale * n**0.5
+    assert np.abs(gap).max(initial=0) < 5.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_dense_system_is_the_program(seed):
+    spec = draw_spec(seed)
+    assert_moments(draws_of(spec, spec.model, 4000), spec.mean, spec.covariance)
+
+
+@pytest.mark.parametrize("kind", ["natural", "given", "residual", "inhibiting"])
+@pytest.mark.parametrize("seed", [0, 1, 5, 8, 9, 15, 17, 28])
+def test_draws_of_the_intervened_program(seed, kind):
+    """What is said of ``P(Yb | do(xb))`` is what ``macro_do`` draws."""
+    spec, question = draw_question(seed)
+    at, values = macro_values(question)
+    rng = np.random.default_rng(seed)
+    slots, k = question.micro.shape
+    m = len(question.cause) // slots
+    if kind == "natural":
+        realization = pm.Natural(at[1])
+        law = question.done(*question.natural(values[1]))
+    elif kind == "given":
+        if not spec.adjustment:
+            return
+        realization = pm.Natural(at[1], given=list(spec.adjustment))
+        law = question.natural_given(values[1])
+    elif kind == "residual":
+        absorb = rng.permutation(k)[:m].tolist()
+        realization = pm.Residual(at[1], absorb=absorb)
+        law = question.done(*question.residual(values[1], absorb))
+    else:
+        if len(question.effect) > 1 or slots > 1 or not feasible(question)[0]:
+            return
+        realization = pm.Inhibiting(at[1], spec.effect)
+        law = question.seen(values[1])
+    n = 20_000
+    draws = draws_of(spec, pm.macro_do(spec.model, {spec.cause: realization}), n)
+    miss = np.abs(draws @ question.cause.T - values[1]).max()
+    assert miss < (1e-4 if spec.dtype == torch.float32 else 1e-9)
+    assert_moments(draws @ question.effect.T, *law)
+
+
+class DoesNotApply(Exception):
+    """A question that a program is not for."""
 
 
 def compare_natural(seed):
     spec, question = draw_question(seed)
     if not is_regular(question.cause_cov):
-        return
+        raise DoesNotApply
     at, values = macro_values(question)
     laws = [(question.seen(v), question.done(*question.natural(v))) for v in values]
     check(ask(spec, pm.Natural, at), spec, values, laws, "Natural")
-    if not spec.adjustment:
-        return
-    known = question.known()
-    if not is_regular(known @ spec.covariance @ known.T):
+    known = question.known() if spec.adjustment else question.cause
+    if not spec.adjustment or not is_regular(known @ spec.covariance @ known.T):
         return
     laws = [(question.seen(v), question.natural_given(v)) for v in values]
     given = [b for b in spec.adjustment]
@@ -574,7 +619,7 @@ def compare_natural(seed):
 def compare_residual(seed):
     spec, question = draw_question(seed)
     if not is_regular(question.cause_cov) or not is_regular(question.x_cov):
-        return
+        raise DoesNotApply
     at, values = macro_values(question)
     rng = np.random.default_rng(seed)
     slots, k = question.micro.shape
@@ -582,7 +627,7 @@ def compare_residual(seed):
     absorb = sorted(rng.permutation(k)[:m].tolist())
     own = question.w[:m, absorb]
     if not is_regular(own, 1e3) or abs(np.linalg.det(own)) < 0.05:
-        return
+        raise DoesNotApply
     laws = [
         (question.seen(v), question.done(*question.residual(v, absorb))) for v in values
     ]
@@ -594,7 +639,7 @@ def compare_point(seed):
     spec, question = draw_question(seed)
     slots, k = question.micro.shape
     if len(question.cause) > slots or not is_regular(question.cause_cov):
-        return
+        raise DoesNotApply
     at, values = macro_values(question)
     rng = np.random.default_rng(seed)
     weights = question.w[0, :k]
@@ -615,9 +660,9 @@ def compare_explicit(seed):
     slots, k = question.micro.shape
     weights = question.w[0, :k]
     if len(question.cause) > 1 or abs(weights[-1]) < 0.1:
-        return
+        raise DoesNotApply
     if not is_regular(question.cause_cov):
-        return
+        raise DoesNotApply
     at, values = macro_values(question)
     rng = np.random.default_rng(seed)
     factor = np.tril(rng.normal(size=(k, k)))
@@ -657,13 +702,13 @@ def feasible(question):
 def compare_inhibiting(seed):
     spec, question = draw_question(seed)
     if len(question.effect) > 1 or len(question.micro) > 1:
-        return
+        raise DoesNotApply
     if not is_regular(question.cause_cov) or not is_regular(question.x_cov):
-        return
+        raise DoesNotApply
     at, values = macro_values(question)
     possible, left, right, rest = feasible(question)
     if rest is not None and abs(left - right) < 1e-4 * (left + right):
-        return
+        raise DoesNotApply
     report = pm.can_inhibit(spec.model, spec.cause, spec.effect, at)
     assert report.feasible == possible, (seed, left, right)
     assert report.feasible_at == (possible,) * 3
@@ -680,7 +725,7 @@ def compare_inhibiting(seed):
     assert found.verdict == "inhibiting"
     check(found, spec, values, [(s, s) for s in seen], "Inhibiting")
     if rest is None:
-        close(report.distance, np.zeros(3), 1.0, spec, "distance")
+        assert float(report.distance.max()) < 1e-6
         return
     # The least move of one direction that changes alpha.X as it must
     distances = []
@@ -696,10 +741,10 @@ def compare_inhibiting(seed):
 def compare_adjustment(seed):
     spec, question = draw_question(seed)
     if not spec.adjustment:
-        return
+        raise DoesNotApply
     known = question.known()
     if not is_regular(known @ spec.covariance @ known.T):
-        return
+        raise DoesNotApply
     at, values = macro_values(question)
     deviation = question.crossed_given()
     holds = deviation < 1e-9
@@ -738,7 +783,7 @@ def compare_adjustment(seed):
 def compare_coefficient(seed):
     spec, question = draw_question(seed)
     if len(question.cause) > 1 or not is_regular(question.cause_cov):
-        return
+        raise DoesNotApply
     delta = question.x_cov @ question.w[0] / question.cause_cov[0, 0]
     scale = 1 + np.abs(question.alpha).max() * np.abs(delta).sum()
     found = pm.structural_coefficient(spec.model, spec.cause, spec.effect)
@@ -788,23 +833,23 @@ def compare_irrelevance(seed):
     """Lemma 10: ``Cov(B, Yb | xb)``, with what is upstream as the earlier cause."""
     spec, question = draw_question(seed)
     if not spec.adjustment or not is_regular(question.cause_cov):
-        return
+        raise DoesNotApply
     earlier = spec.adjustment[0]
     rows = spec.rows(earlier)
     _, cov = conditioned(spec.mean, spec.covariance, question.cause, 0)
+    both = np.concatenate([rows, question.effect])
+    before = np.sqrt(np.diag(both @ spec.covariance @ both.T))
+    after = np.sqrt(np.diag(both @ cov @ both.T).clip(0))
+    if (after < 1e-3 * before).any():
+        raise DoesNotApply  # determined by the cause
+    k = len(rows)
     crossed = rows @ cov @ question.effect.T
-    spread = np.sqrt(
-        np.outer(
-            np.diag(rows @ spec.covariance @ rows.T),
-            np.diag(question.effect @ spec.covariance @ question.effect.T),
-        )
-    )
-    deviation = np.abs(crossed / np.maximum(spread, 1e-300)).max()
-    single = spec.dtype != torch.float64
+    deviation = np.abs(crossed / np.outer(after[:k], after[k:])).max()
     report = pm.irrelevant_cause(spec.model, earlier, spec.cause, spec.effect)
+    single = spec.dtype != torch.float64
     if not 1e-10 < deviation < (1e-3 if single else 1e-6):
         assert report.holds == (deviation <= 1e-10)
-    close(report.deviation, deviation, 1.0, spec, "deviation")
+    close(report.deviation, deviation, 10.0, spec, "deviation")
 
 
 COMPARISONS = [
@@ -819,14 +864,24 @@ COMPARISONS = [
 ]
 
 
+def compare_next(compare, seed):
+    """The first program from here that the question is for."""
+    for attempt in range(100):
+        try:
+            return compare(seed + 10_000 * attempt)
+        except DoesNotApply:
+            continue
+    raise AssertionError(f"{compare.__name__} applies to hardly any program")
+
+
 @pytest.mark.parametrize("seed", range(N_FAST))
 @pytest.mark.parametrize("compare", COMPARISONS, ids=lambda c: c.__name__[8:])
 def test_random_programs(compare, seed):
-    compare(seed)
+    compare_next(compare, seed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(N_FAST, N_ALL))
 @pytest.mark.parametrize("compare", COMPARISONS, ids=lambda c: c.__name__[8:])
 def test_more_random_programs(compare, seed):
-    compare(seed)
+    compare_next(compare, seed)

@@ -77,8 +77,6 @@ class AffineEffect:
         values = {n: s.value for n, s in zero.sites.items()}
         state = torch.cat([natural[n].reshape(-1) for n in self.cause.sites])
         rows = [self.cause.of(natural)] + [q.of(values) for q in self._quantities()]
-        self._check(state, rows[1:], leaves, zero)
-
         keep = self._differentiable
         self._state = NoiseView(state, self._noises, keep)
         self.loc = self._plain(state)  # E[X], site by site
@@ -108,6 +106,7 @@ class AffineEffect:
             self._coefficients.append(own + through)
             means.append(self._plain(row))
         self._means = means
+        self._check(state, rows[1:])
 
     def _plain(self, tensor: Tensor) -> Tensor:
         return (tensor if self._differentiable else tensor.detach()).double()
@@ -127,48 +126,33 @@ class AffineEffect:
             return torch.zeros(rows, 0, dtype=torch.float64)
         return self._plain(torch.cat(parts, -1))
 
-    def _check(
-        self, state: Tensor, rows: list[Tensor], leaves: list[Noise], zero: NoiseRun
-    ) -> None:
+    def _check(self, state: Tensor, rows: list[Tensor]) -> None:
         """The derivatives have to predict two runs under large noise."""
-        views = [(NoiseView(state, self._noises, False), -1)]
-        views += [
-            (NoiseView(row, [*self._noises, *leaves], False), i)
-            for i, row in enumerate(rows)
-        ]
-        eps = max(
-            torch.finfo(s.value.dtype).eps
-            for s in zero.sites.values()
-            if s.value.is_floating_point()
-        )
+        zero, names = self.cut.zero, self.cause.sites
+        floating = [s.value for s in zero.sites.values() if s.value.is_floating_point()]
+        eps = max(torch.finfo(value.dtype).eps for value in floating)
         for probe in self.cut.probes:
-            moved = {n: probe.expressions[n] for n in self.cause.sites}
+            if any(n.key not in probe.drawn for n in self._noises):
+                self._refuse_bent("the sites that are met")
+            noise = [probe.drawn[n.key].reshape(-1).double() for n in self._noises]
+            drawn = torch.cat([*noise, torch.zeros(0, dtype=torch.float64)])
+            known = {n.key: probe.drawn[n.key].unsqueeze(0) for n in self._state.noises}
+            found = torch.cat([probe.expressions[n].reshape(-1) for n in names])
+            if not agree(state, [self._state.forward(known)[0]], found, eps):
+                self._refuse_bent("the micro state")
+            moves = [probe.leaves[n] - zero.leaves[n] for n in names]
+            moved = torch.cat([move.reshape(-1).double() for move in moves])
             values = {n: s.value for n, s in probe.sites.items()}
-            directions = {k: v.unsqueeze(0) for k, v in probe.drawn.items()}
-            for name, leaf in probe.leaves.items():
-                directions[(name, "set")] = (leaf - zero.leaves[name]).unsqueeze(0)
-            for view, i in views:
-                found = (
-                    torch.cat([moved[n].reshape(-1) for n in self.cause.sites])
-                    if i < 0
-                    else self._quantities()[i].of(values)
-                )
-                keys = {noise.key for noise in view.noises}
-                known = {k: v for k, v in directions.items() if k in keys}
-                complete = len(known) == len(keys)
-                start = view.output
-                move = view.forward(known)[0]
-                if not complete or not agree(start, [move], found, eps):
-                    raise NotAffine(
-                        f"{self.cause.what}: the program is not jointly "
-                        "affine-Gaussian: with larger noise, "
-                        + (
-                            "the micro state"
-                            if i < 0
-                            else f"{self._quantities()[i].what}"
-                        )
-                        + " is not where its derivative says."
-                    )
+            for i, quantity in enumerate(self._quantities()):
+                parts = [self.own[i] @ drawn, self.loadings[i] @ moved]
+                if not agree(rows[i].double(), parts, quantity.of(values), eps):
+                    self._refuse_bent(quantity.what)
+
+    def _refuse_bent(self, what: str) -> None:
+        raise NotAffine(
+            f"{self.cause.what}: the program is not jointly affine-Gaussian: with "
+            f"larger noise, {what} is not where its derivative says."
+        )
 
     @property
     def alpha(self) -> Tensor:
