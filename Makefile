@@ -36,6 +36,7 @@ notebooks: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/natural.py
 	$(BIN)/python benchmarks/finite.py
+	$(BIN)/python benchmarks/verdict.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

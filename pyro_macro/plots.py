@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from pyro_macro.errors import PyroMacroError
-from pyro_macro.reports import AdjustmentReport, ConfoundingReport, Outcomes
+from pyro_macro.reports import (
+    PICTURES,
+    AdjustmentReport,
+    ConfoundingReport,
+    Outcomes,
+)
 
 SEEN, DONE, OTHER = "#4477AA", "#CC6677", "#228833"
 
@@ -164,3 +169,7 @@ def plot_adjustment(report: AdjustmentReport, ax: Any = None) -> Any:
     ax.legend(frameon=False)
     ax.spines[["top", "right"]].set_visible(False)
     return ax
+
+
+PICTURES[ConfoundingReport] = plot_confounding
+PICTURES[AdjustmentReport] = plot_adjustment

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import html
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 Row = dict[str, Any]
+
+# How reports are drawn, by kind: whoever can draw one registers here
+PICTURES: dict[type, Callable[[Any, Any], Any]] = {}
 
 
 class Report(ABC):
@@ -237,9 +240,7 @@ class ConfoundingReport(Report):
         :returns: the axes.
         :raises ImportError: if matplotlib is missing.
         """
-        from pyro_macro.plots import plot_confounding
-
-        return plot_confounding(self, ax)
+        return PICTURES[ConfoundingReport](self, ax)
 
 
 def table(
@@ -497,9 +498,7 @@ class AdjustmentReport(Report):
         :returns: the axes.
         :raises ImportError: if matplotlib is missing.
         """
-        from pyro_macro.plots import plot_adjustment
-
-        return plot_adjustment(self, ax)
+        return PICTURES[AdjustmentReport](self, ax)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pyro_macro.laws.quantity import name_of
 from pyro_macro.macro import MacroVariable
+from pyro_macro.questions.exact import Laws, exact_laws
 from pyro_macro.questions.question import Question, Realizing, describe
-from pyro_macro.questions.verdict import Laws, exact_laws
 from pyro_macro.realizations import Natural
 from pyro_macro.reports import ScmReport
 

@@ -5,17 +5,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_macro.errors import PyroMacroError
 from pyro_macro.laws.moments import Moments, kullback_leibler, two_wasserstein
 from pyro_macro.macro import MacroVariable
+from pyro_macro.questions.exact import Laws
 from pyro_macro.questions.feasibility import coefficient
 from pyro_macro.questions.question import Question
-from pyro_macro.questions.verdict import Laws
 from pyro_macro.realizations import Shift
 from pyro_macro.reports import ConfoundingReport, EffectReport, Outcomes
 
@@ -49,6 +51,7 @@ def shift_confounding(
     question, beta = _asked(model, cause, effect, along, model_args, model_kwargs)
     affine = question.affine
     assert affine is not None
+    delta = _number(question, delta)
     at = question.default_at() if at is None else question.values(at)
     value = question.spread(at)
     seen, before = affine.effect_given(value), affine.effect_given(value - delta)
@@ -133,6 +136,18 @@ def shift_from_atomics(
     mean = joint.mean[1:] + beta * shifts.unsqueeze(-1)
     variance = left.variance + slope.square() * joint.covariance[0, 0]
     return _report(question, shifts, mean, variance.expand(mean.shape))
+
+
+def _number(question: Question, delta: Any) -> float:
+    try:
+        number = float(delta)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if isinstance(delta, str) or not math.isfinite(number):
+        raise PyroMacroError(
+            f"{question.what}: delta is {delta!r}. Expected one finite number."
+        )
+    return number
 
 
 class _Shifted(Question):

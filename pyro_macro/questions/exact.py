@@ -1,0 +1,187 @@
+# Copyright Contributors to the pyro_macro project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The laws of an effect, seen and set, where they are known exactly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Size, Tensor
+
+from pyro_macro.errors import UnsupportedLaw
+from pyro_macro.laws.moments import Moments, kullback_leibler, two_wasserstein
+from pyro_macro.laws.quantity import name_of
+from pyro_macro.questions.question import (
+    Question,
+    Realizing,
+    describe,
+    is_natural,
+)
+from pyro_macro.realizations import Realization
+from pyro_macro.reports import ConfoundingReport, Outcomes
+
+INHIBITING, INDUCING, UNDECIDED = "inhibiting", "inducing", "undecided"
+
+
+def exact_laws(
+    question: Question, realization: Realizing, instance: Realization, at: Any
+) -> Laws | None:
+    """``P(Yb | xb)`` and ``P(Yb | do(xb))``, where both are known exactly."""
+    for known in (_affine, _finite):
+        laws = known(question, realization, instance, at)
+        if laws is not None:
+            return laws
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Laws:
+    """Both laws at some macro values, and how far they are apart.
+
+    :ivar kind: which distance it is.
+    :ivar equal: whether they are the same but for rounding, shape ``(n,)``.
+    :ivar tolerance: what counts as rounding, in the units of the distance.
+    """
+
+    at: Tensor
+    seen: Moments
+    done: Moments
+    equal: Tensor
+    distance: Tensor
+    kind: str
+    divergence: Tensor
+    method: str
+    tolerance: float
+    observational: Outcomes
+    interventional: Outcomes
+
+    def report(self, question: Question, instance: Realization) -> ConfoundingReport:
+        question.refuse_nan(torch.cat([self.seen.mean, self.done.mean]))
+        verdicts = tuple(INHIBITING if same else INDUCING for same in self.equal)
+        shape = Size([len(self.at)]) + question.cut.others["effect"][0].shape
+        return ConfoundingReport(
+            cause=question.cause.name,
+            effect=name_of(question.effect),
+            realization=describe(instance),
+            at=self.at,
+            observational_mean=self.seen.mean.reshape(shape),
+            observational_variance=self.seen.variance.reshape(shape),
+            interventional_mean=self.done.mean.reshape(shape),
+            interventional_variance=self.done.variance.reshape(shape),
+            distance=torch.where(self.equal, 0.0, self.distance),
+            distance_kind=self.kind,
+            divergence=torch.where(self.equal, 0.0, self.divergence),
+            verdict=INHIBITING if bool(self.equal.all()) else INDUCING,
+            verdicts=verdicts,
+            method=self.method,
+            tolerance=self.tolerance,
+            observational=self.observational,
+            interventional=self.interventional,
+        )
+
+
+def _affine(
+    question: Question, realization: Realizing, instance: Realization, at: Any
+) -> Laws | None:
+    affine = question.affine
+    if affine is None:
+        return None
+    within = affine.joint([0]).covariance
+    size = within.diagonal().sqrt()
+    if bool((torch.linalg.eigvalsh(within) <= 1e-12 * size.square().max()).any()):
+        raise UnsupportedLaw(
+            f"{question.what}: its value is the same in every run (or one of several "
+            "follows from the others), so that there is no P(effect | cause)."
+        )
+    at = question.default_at() if at is None else question.values(at)
+    value = question.spread(at)
+    seen = affine.effect_given(value)
+    if is_natural(instance):
+        done: Moments | None = affine.effect_adjusted(value)
+    elif instance.given or instance.acts_on_natural:
+        done = None
+    else:
+        parts = [
+            affine.effect_under(r.law, r.layout, r.push)
+            for r in question.realized(realization, at)
+        ]
+        done = None if None in parts else _joined([p for p in parts if p is not None])
+    if done is None:
+        return None
+    slack = 100 * question.precision
+    variances = [m.variance.sum(-1) for m in (seen, done, affine.joint([1]))]
+    total = torch.stack(torch.broadcast_tensors(*variances)).amax(0)  # (n,)
+    # A natural law has the same mean as the observational one, digit by digit
+    mean = 0.0 if is_natural(instance) else seen.mean.abs().sum(-1)
+    near = (seen.mean - done.mean).abs().amax(-1) <= slack * (total.sqrt() + mean)
+    alike = (seen.covariance - done.covariance).abs().amax((-1, -2)) <= slack * total
+    return Laws(
+        at,
+        seen,
+        done,
+        near & alike,
+        two_wasserstein(seen, done),
+        "Wasserstein-2",
+        kullback_leibler(done, seen),
+        "exact: affine-Gaussian",
+        float((slack * (total.sqrt() + mean)).max()),
+        Outcomes(),
+        Outcomes(),
+    )
+
+
+def _joined(parts: list[Moments]) -> Moments:
+    return Moments(
+        torch.cat([p.mean for p in parts]), torch.cat([p.covariance for p in parts])
+    )
+
+
+def _finite(
+    question: Question, realization: Realizing, instance: Realization, at: Any
+) -> Laws | None:
+    finite = question.finite
+    if finite is None or instance.acts_on_natural:
+        return None
+    at = question.default_at() if at is None else question.values(at)
+    index = question.index(at)
+    at = question.exactly(at, index)
+    if is_natural(instance) and instance.given:
+        done: Tensor | None = finite.effect_adjusted(index)
+    elif is_natural(instance):
+        done = finite.effect_under(finite.natural(index))
+    elif instance.given:
+        done = None
+    else:
+        weights = [
+            finite.weights_of(r.law, r.layout, r.push)
+            for r in question.realized(realization, at)
+        ]
+        known = [w for w in weights if w is not None]
+        done = None
+        if len(known) == len(weights):
+            done = finite.effect_under(torch.cat(known))
+    if done is None:
+        return None
+    seen = finite.effect_given(index)
+    eps = question.precision
+    ratio = (done / seen.clamp(min=1e-300)).clamp(min=1e-300).log()
+    divergence = torch.where(done > 0, done * ratio, 0.0)
+    divergence = torch.where((seen <= 0) & (done > eps), torch.inf, divergence).sum(-1)
+    values = finite.effects[:, 0] if finite.effects.shape[1] == 1 else None
+    apart = (seen - done).abs().sum(-1) / 2
+    return Laws(
+        at,
+        finite.moments(seen),
+        finite.moments(done),
+        apart <= eps**0.6,
+        apart,
+        "total variation",
+        divergence.clamp(min=0),
+        "exact: finite",
+        eps**0.6,
+        Outcomes(values, seen),
+        Outcomes(values, done),
+    )
