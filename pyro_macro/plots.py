@@ -15,6 +15,8 @@ from pyro_macro.reports import (
     PICTURES,
     AdjustmentReport,
     ConfoundingReport,
+    EffectReport,
+    FeasibilityReport,
     Outcomes,
 )
 
@@ -171,5 +173,49 @@ def plot_adjustment(report: AdjustmentReport, ax: Any = None) -> Any:
     return ax
 
 
+def plot_effect(report: EffectReport, ax: Any = None) -> Any:
+    """The law of an effect along what the cause is set to, or shifted by.
+
+    :param ax: axes of matplotlib; new ones by default.
+    :returns: the axes.
+    """
+    at, mean, variance = _numbers(report.at, report.mean, report.variance)
+    ax = _axes(ax)
+    _band(ax, at, (mean, variance), DONE, report.effect)
+    ax.set_xlabel(report.cause)
+    ax.set_ylabel(report.effect)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
+    """Both sides of (9); in finite programs, how far mixtures stay from the effect.
+
+    :param ax: axes of matplotlib; new ones by default.
+    :returns: the axes.
+    """
+    ax = _axes(ax)
+    said = "a realization inhibits" if report.feasible else "no realization inhibits"
+    left, right = report.observational_variance, report.noise_variance
+    if left is not None and right is not None:
+        names = [f"Var({report.effect} | {report.cause})", "Var(N)"]
+        bars = ax.barh(names[::-1], [right, left], color=[DONE, SEEN], height=0.5)
+        ax.bar_label(bars, fmt="%.4g", padding=4)
+        ax.set_xlim(0, 1.2 * max(left, right))
+        ax.set_xlabel("variance")
+    else:
+        assert report.gap is not None
+        at, gap = _numbers(report.at, report.gap)
+        ax.bar([f"{value:g}" for value in at], gap, color=DONE, width=0.5)
+        ax.set_ylim(0, max(1.2 * float(gap.max()), 0.05))
+        ax.set_xlabel(report.cause)
+        ax.set_ylabel("total variation left")
+    ax.set_title(said)
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
 PICTURES[ConfoundingReport] = plot_confounding
 PICTURES[AdjustmentReport] = plot_adjustment
+PICTURES[EffectReport] = plot_effect
+PICTURES[FeasibilityReport] = plot_feasibility

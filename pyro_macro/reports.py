@@ -33,6 +33,20 @@ class Report(ABC):
         """What it comes to, in words."""
         return ""
 
+    def plot(self, ax: Any = None) -> Any:
+        """A picture.
+
+        :param ax: axes of matplotlib to draw on; new ones by default.
+        :returns: the axes.
+        :raises ImportError: if matplotlib is missing.
+        :raises NotImplementedError: of a report without one.
+        """
+        if type(self) not in PICTURES:
+            raise NotImplementedError(
+                f"{type(self).__name__} has no picture: print it."
+            )
+        return PICTURES[type(self)](self, ax)
+
     def __str__(self) -> str:
         rows = [{k: _shown(v) for k, v in row.items()} for row in self.rows()]
         if not rows:
@@ -232,15 +246,6 @@ class ConfoundingReport(Report):
         if self.detectable is not None:
             columns["detectable shift"] = self.detectable
         return table(self.cause, self.at, columns, self.verdicts)
-
-    def plot(self, ax: Any = None) -> Any:
-        """Both laws along the macro values: means, and bands of two in three cases.
-
-        :param ax: axes of matplotlib to draw on; new ones by default.
-        :returns: the axes.
-        :raises ImportError: if matplotlib is missing.
-        """
-        return PICTURES[ConfoundingReport](self, ax)
 
 
 def table(
@@ -490,15 +495,6 @@ class AdjustmentReport(Report):
             "variance under do": self.interventional_variance,
         }
         return table(self.cause, self.at, columns)
-
-    def plot(self, ax: Any = None) -> Any:
-        """The adjusted effect and what is seen, along the macro values.
-
-        :param ax: axes of matplotlib to draw on; new ones by default.
-        :returns: the axes.
-        :raises ImportError: if matplotlib is missing.
-        """
-        return PICTURES[AdjustmentReport](self, ax)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

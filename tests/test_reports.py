@@ -385,3 +385,29 @@ def test_what_is_missing_is_named(what, monkeypatch):
     with pytest.raises(ImportError, match=f"{what}.*pip install .*pyro_macro.demo"):
         do()
     assert str(report)
+
+
+def test_picture_of_an_effect():
+    report = pm.atomic_from_shifts(shop, SALES, "revenue")
+    ax = report.plot()
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("sales", "revenue")
+    (line,) = ax.get_lines()
+    assert line.get_ydata().tolist() == report.mean.tolist()
+
+
+def test_picture_of_both_sides():
+    report = pm.can_inhibit(shop, SALES, "revenue")
+    widths = [bar.get_width() for bar in report.plot().containers[0]]
+    assert widths == [report.noise_variance, report.observational_variance]
+
+
+def test_picture_of_what_is_left():
+    report = pm.can_inhibit(coins, SALES, "revenue")
+    ax = report.plot()
+    assert [bar.get_height() for bar in ax.containers[0]] == report.gap.tolist()
+    assert "inhibits" in ax.get_title()
+
+
+def test_a_report_without_a_picture_says_so():
+    with pytest.raises(NotImplementedError, match="ScmReport has no picture"):
+        pm.macro_scm_exists(shop, SALES, "revenue").plot()
