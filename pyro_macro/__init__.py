@@ -38,7 +38,11 @@ from pyro_macro.laws.sampled.flow import Flow
 from pyro_macro.macro import MacroVariable
 from pyro_macro.plots import plot_adjustment, plot_confounding
 from pyro_macro.questions.adjustment import NotAdjusted, macro_adjust
-from pyro_macro.questions.conditions import blocks_backdoor, irrelevant_cause
+from pyro_macro.questions.conditions import (
+    NotAChain,
+    blocks_backdoor,
+    irrelevant_cause,
+)
 from pyro_macro.questions.coordinates import (
     change_of_coordinates,
     direction_of,
@@ -87,6 +91,7 @@ __all__ = [
     "Mean",
     "Min",
     "Natural",
+    "NotAChain",
     "NotAMicroState",
     "NotAdjusted",
     "NotConverged",

@@ -27,6 +27,8 @@ class Cut(Upstream):
     :param cause: the macro-variable that is intervened on.
     :param others: the effect, and what else is asked about.
     :param shared: statements executed already.
+    :param forget: whether observations of what follows from the micro state do not
+        count; otherwise they are refused.
     :raises NotAMicroState: if one micro site is upstream of another.
     :raises UnknownSite: if the program lacks a site.
     """
@@ -37,12 +39,13 @@ class Cut(Upstream):
         cause: Thing,
         others: Mapping[str, Sequence[Thing]],
         shared: dict[str, Shared] | None = None,
+        forget: bool = False,
     ) -> None:
         micro = names_of(cause)
         things = [thing for group in others.values() for thing in group]
         until = [*micro, *(n for thing in things for n in names_of(thing))]
         known = {} if shared is None else shared
-        super().__init__(model, (), until, known, {}, micro)
+        super().__init__(model, (), until, known, {}, micro, forget)
         self.cause = Quantity(cause, self.sites, "macro-variable")
         self.refuse_paths(micro, self.cause.what)
         self.others = {
@@ -77,6 +80,18 @@ class Cut(Upstream):
         sites = self.probes[0].sites
         return any(sites[name].value.requires_grad for name in self.names)
 
+    def _refuse_factors(self) -> None:
+        """An error if factors weigh what is asked about: they are observations."""
+        for name, parents in self.zero.factors.items():
+            above = self.latent_sources(sorted(parents & set(self.sites)))
+            hit = self.unfixed(above) & self.relevant_sites
+            if hit:
+                raise UnsupportedLaw(
+                    f"{self.cause.what}: factor {name!r} depends on {sorted(hit)}, and "
+                    "the question is about the program before it has seen anything. "
+                    "Leave the factor out."
+                )
+
     def refuse_overlap(self) -> None:
         """An error if cause and effect share sites."""
         for quantity in self.others["effect"]:
@@ -89,9 +104,10 @@ class Cut(Upstream):
                 )
 
     def refuse_observed(self) -> None:
-        """An error if observations tell of what is asked about."""
+        """An error if observations, or factors, tell of what is asked about."""
+        self._refuse_factors()
         for name, site in self.sites.items():
-            if not site.observed:
+            if not site.observed or self.zero.is_forgotten(name):
                 continue
             latent = self.unfixed(self.ancestors([name])) & self.relevant_sites
             if name in self.names or latent:

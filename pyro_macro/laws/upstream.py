@@ -82,6 +82,7 @@ class Upstream:
     :param shared: statements executed already.
     :param held: values of sites that are held.
     :param cut: sites that are set, so that what follows is a function of their values.
+    :param forget: whether observations of what follows from these do not count.
     :ivar sites: the sites, each Gaussian one at the centre of its noise.
     """
 
@@ -93,6 +94,7 @@ class Upstream:
         shared: dict[str, Shared],
         held: Mapping[str, Tensor],
         cut: Sequence[str] = (),
+        forget: bool = False,
     ) -> None:
         self.model, self.until = model, tuple(until)
         self.micro, self.held, self.shared = tuple(micro), held, shared
@@ -101,7 +103,7 @@ class Upstream:
 
         def run(probe: int) -> NoiseRun:
             before = self.sites if probe else None
-            result = NoiseRun(until, shared, held, micro, probe, before, cut)
+            result = NoiseRun(until, shared, held, micro, probe, before, cut, forget)
             with torch.set_grad_enabled(with_gradients or probe == 0):
                 result.run(*model)
             return result
@@ -149,7 +151,8 @@ class Upstream:
         return {name for name in names if not self.is_fixed(name)}
 
     def is_fixed(self, name: str) -> bool:
-        return name in self.held or self.sites[name].observed
+        seen = self.sites[name].observed and not self.zero.is_forgotten(name)
+        return name in self.held or seen
 
     def refuse_paths(self, names: Sequence[str], what: str) -> None:
         """An error if one of the sites is upstream of another (Assumption 1)."""

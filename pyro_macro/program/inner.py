@@ -293,6 +293,7 @@ class InnerRun(Messenger):
         self.shared = {} if shared is None else shared
         self.sites: dict[str, Site] = {}
         self.params: set[str] = set()
+        self.factors: dict[str, frozenset[str]] = {}  # and what they are computed from
         self.tracker = Tracker()
         # What was known of a message on its way out, by the identity of the message:
         # handlers outside may rename it, split it or change its type.
@@ -330,6 +331,7 @@ class InnerRun(Messenger):
                 self._show(msg, name)
             return
         if site_is_factor(msg):
+            self.factors[name] = site_names(self.tracker.sources(msg["fn"]))
             msg["stop"] = True
             return
         if msg.get("_intervener_id") is not None and name in self._visible.values():

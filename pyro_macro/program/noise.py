@@ -215,6 +215,7 @@ class NoiseRun(InnerRun):
     :param before: the sites of the run under noise zero, if this one is a probe.
     :param cut: sites whose values are set: what is computed from them is a function of
         these, and no longer of the noise behind them.
+    :param forget: whether observations of what is computed from these do not count.
 
     :ivar forms: the noise form of each Gaussian site.
     :ivar noises: the groups of noises, by key (only for noise zero).
@@ -222,6 +223,7 @@ class NoiseRun(InnerRun):
     :ivar leaves: what the sites in ``cut`` are set to, by name.
     :ivar expressions: for sites that are held, observed or cut, and Gaussian or
         deterministic, what they would have been.
+    :ivar below: what is computed from the sites in ``cut``.
     :ivar opaque: sites that are not Gaussian, with their distributions.
     """
 
@@ -234,9 +236,11 @@ class NoiseRun(InnerRun):
         probe: int = 0,
         before: Mapping[str, Site] | None = None,
         cut: Collection[str] = (),
+        forget: bool = False,
     ) -> None:
         super().__init__(until, shared)
         self.held, self.micro, self.probe, self.cut = held, micro, probe, cut
+        self.forget, self.below = forget, set[str]()
         self.leaves: dict[str, Tensor] = {}
         self.before = before or {}
         self.forms: dict[str, NoiseForm] = {}
@@ -248,6 +252,8 @@ class NoiseRun(InnerRun):
     def choose(self, msg: Message, site: Site) -> Any:
         if site.name in self.micro or site.name in self.cut:
             refuse_fixed(msg, "macro_do")
+        if site.parents & (self.below | set(self.cut)):
+            self.below.add(site.name)
         value = self._chosen(msg, site)
         if site.name not in self.cut or site.name in self.opaque:
             return value
@@ -267,7 +273,8 @@ class NoiseRun(InnerRun):
 
     def _chosen(self, msg: Message, site: Site) -> Any:
         form = noise_form(site.fn)
-        fixed = self.held.get(site.name, msg["value"] if site.observed else None)
+        seen = site.observed and not self.is_forgotten(site.name)
+        fixed = self.held.get(site.name, msg["value"] if seen else None)
         if site.deterministic:
             value: Any = msg["value"]
             if value is None and form is not None:  # a plain `Delta` site
@@ -288,10 +295,15 @@ class NoiseRun(InnerRun):
         self.expressions[site.name] = value
         return fixed
 
+    def is_forgotten(self, name: str) -> bool:
+        """Whether an observation of a site does not count."""
+        return self.forget and name in self.below
+
     def is_noisy(self, site: Site, from_parents: bool) -> bool:
         if site.name in self.cut:
             return True
-        if site.name in self.held or site.observed:
+        observed = site.observed and not self.is_forgotten(site.name)
+        if site.name in self.held or observed:
             return False
         return from_parents if site.deterministic else True
 

@@ -200,8 +200,10 @@ class _Pinned(Messenger):
         if base.event_shape or is_deterministic(msg):
             raise UnsupportedLaw(
                 f"{self.quantity.what}: micro site {self.last!r} is "
-                f"{type(base).__name__}, no element of which makes up the rest of a "
-                "macro value by itself. Expected independent elements."
+                f"{type(base).__name__} (deterministic, reparametrized, or a vector "
+                "whose elements depend on one another), so that no element makes up "
+                "the rest of a macro value by itself. Expected independent elements: "
+                "pass the model without `reparam`, or name another site last."
             )
         state = layout.stack(self.values).double()  # (..., K)
         own = layout.place(self.last)

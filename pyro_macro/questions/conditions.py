@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,10 @@ from pyro_macro.reports import IndependenceReport
 
 MOST = 2000  # numbers that are adjusted for
 EXACT = 1e-9  # a conditional correlation or a distance below this is rounding
+
+
+class NotAChain(UserWarning):
+    """A question about chains, of a program that is none."""
 
 
 def irrelevant_cause(
@@ -55,6 +60,8 @@ def irrelevant_cause(
         draws given each of some values of the cause.
     :param level: of that test; not being rejected does not show that it holds.
     :raises UnsupportedLaw: if such draws cannot be made.
+    :warns NotAChain: if something acts on both ``Y`` and ``Zb``: then the lemma does
+        not apply, and the report is about (12) alone.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
     >>> def chain(spread):
@@ -70,6 +77,16 @@ def irrelevant_cause(
     question = Question(
         model, cause, effect, model_args, model_kwargs, given=(earlier,)
     )
+    beside = question.common_causes
+    if beside:
+        warnings.warn(
+            f"{question.what}: the program is no chain, {beside} act on the effect "
+            f"{name_of(effect)!r} beside the micro state, too. Lemma 10 is about "
+            "chains: the independence that is reported does not say that "
+            f"realizations agree. Use blocks_backdoor, or compare them by confounding.",
+            NotAChain,
+            stacklevel=2,
+        )
     drawn = Draws(question, num_samples, level, seed, progress)
     statement = (
         f"{name_of(earlier)} is independent of {name_of(effect)} given {cause.name}"

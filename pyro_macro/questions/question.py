@@ -24,13 +24,18 @@ from pyro_macro.errors import (
 )
 from pyro_macro.intervention import Ahead
 from pyro_macro.laws.cut import Cut, Model, over_grid
+from pyro_macro.laws.finite.configurations import EnumeratedRun
 from pyro_macro.laws.finite.effect import FiniteEffect
 from pyro_macro.laws.finite.joint import TooMany
 from pyro_macro.laws.gaussian.effect import AffineEffect
 from pyro_macro.laws.quantity import Thing, name_of, names_of
 from pyro_macro.laws.sampled.chains import Chains
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import preserved_params, preserved_random_state
+from pyro_macro.program.inner import (
+    preserved_params,
+    preserved_random_state,
+    same_parameters,
+)
 from pyro_macro.program.reading import dependence
 from pyro_macro.program.substitution import detached
 from pyro_macro.program.tracking import tensors_in
@@ -184,7 +189,32 @@ class Question:
                 return affine
         except NotAffine as error:
             self._why_not = str(error)
+            self.refuse_chance()
             return None
+
+    def refuse_chance(self) -> None:
+        """An error if the program draws numbers that are no sites.
+
+        Twice under the same values of all sites, it has to say the same.
+        """
+        values = {n: s.value for n, s in self.cut.sites.items()}
+        runs = []
+        for seed in (1, 2):
+            with self.unseen(), torch.no_grad():
+                torch.manual_seed(seed)
+                run = EnumeratedRun(self.cut, self.cut.names, values)
+                run.run(*self.model)
+                runs.append(run.sites)
+        for name, site in runs[0].items():
+            if any(bool(t.isnan().any()) for t in tensors_in(site.fn)):
+                continue  # what is wrong with it is said elsewhere
+            if not same_parameters(site.fn, runs[1][name].fn):
+                raise UnsupportedLaw(
+                    f"{self.what}: site {name!r} differs between two runs at the same "
+                    "values of all sites: the program draws numbers that are no sample "
+                    "sites (torch.randn, dropout), or hides sites (poutine.block). "
+                    "Make them visible sample sites."
+                )
 
     @cached_property
     def finite(self) -> FiniteEffect | None:

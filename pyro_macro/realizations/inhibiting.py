@@ -56,6 +56,10 @@ class Inhibiting(Realization):
     program for each macro value: of all, the closest to the natural one in total
     variation. Its weights are constants: no gradients flow through them.
 
+    Observations of what follows from the micro state are no part of
+    ``P(effect | value)``, as they are none of the natural realization: data of the
+    effect may be there when parameters are learned.
+
     :param value: the macro value.
     :param effect: a macro-variable, or the name of a site: one number.
     :param levers: the sites (or indices of elements) that are moved; the others follow
@@ -92,7 +96,7 @@ class Inhibiting(Realization):
         value = state.tensor(self.value, "value")
         program = state.program
         groups: dict[str, Sequence[Thing]] = {"effect": (self.effect,)}
-        cut = Cut(program.model, state.macro, groups, program.shared)
+        cut = Cut(program.model, state.macro, groups, program.shared, forget=True)
         cut.refuse_observed()
         cut.refuse_overlap()
         self._refuse_vectors(cut)
