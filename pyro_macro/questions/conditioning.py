@@ -21,8 +21,10 @@ from pyro_macro.laws.quantity import Quantity
 from pyro_macro.program.inner import is_deterministic, unwrapped
 from pyro_macro.questions.sampling import Sampler
 
+CELLS = 1 << 23  # numbers in a pool, about
 POOLS = 200  # of proposals, at most
 SINGLE_POOLS = 50  # where proposals are made one by one
+TRIED = 10  # pools, after which it shows whether that will do
 POLE = 0.1  # a log density that rises by more towards an end is one without bound
 
 
@@ -59,7 +61,8 @@ def given_total(
         bar = tqdm(
             disable=not sampler.progress, total=sampler.count, desc="Conditioning"
         )
-        for _ in range(POOLS if vectorized else SINGLE_POOLS):
+        most = POOLS if vectorized else SINGLE_POOLS
+        for _ in range(most):
             weight, drawn = propose(sampler, fn, pinned, quantities)
             best = torch.maximum(best, weight.amax(-1, keepdim=True))
             marks.append(weight - torch.rand(weight.shape).double().log())
@@ -70,6 +73,8 @@ def given_total(
             bar.update(min(have, sampler.count) - bar.n)
             if have >= sampler.count:
                 break
+            if len(marks) == TRIED and have * most < sampler.count * TRIED:
+                break  # there is no hope
         bar.close()
     if not bool(best.isfinite().all()):
         bad = at[~best.squeeze(-1).isfinite()][0].item()
@@ -94,7 +99,9 @@ def _side_by_side(
     quantities: Sequence[Quantity],
 ) -> tuple[Tensor, list[Tensor]]:
     """A pool of proposals: log weights ``(n, N)``, and what is asked for."""
-    lead = (len(pinned.at), 4 * sampler.count)
+    width = sum(s.value.numel() for s in sampler.cut.sites.values())
+    room = max(64, CELLS // (width * len(pinned.at)))
+    lead = (len(pinned.at), min(4 * sampler.count, room))
     with pinned.along(sampler.depth + 1):
         values = sampler.values(sampler.within(fn, lead))
     weight = pinned.log_weight.reshape(lead[0], -1)[:, : lead[1]]
@@ -227,11 +234,13 @@ class _Pinned(Messenger):
         rest = value - state @ self.row + state[..., place] * self.row[place]
         state = state.expand(rest.shape + state.shape[-1:]).clone()
         state[..., place] = rest / self.row[place]
+        drawn = msg["value"]
         pinned = layout.unstack(state)[self.last]
-        pinned = pinned.reshape(msg["value"].shape).to(msg["value"].dtype)
-        self.values[self.last] = msg["value"] = pinned
+        pinned = pinned.reshape(drawn.shape).to(drawn.dtype)
         inside = base.support.check(pinned)
-        safe = torch.where(inside, pinned, base.sample())
+        # What is off the support is not accepted, and must not stop the run
+        safe = torch.where(inside, pinned, drawn)
+        self.values[self.last] = msg["value"] = safe
         log_probs = torch.where(inside, base.log_prob(safe).double(), -torch.inf)
         stacked = layout.stack({**self.values, self.last: log_probs})
         self.log_weight = stacked[..., place].double()

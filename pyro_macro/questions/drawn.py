@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from pyro_macro.errors import UnsupportedLaw
 from pyro_macro.handlers import macro_do
 from pyro_macro.laws.cut import over_grid
 from pyro_macro.laws.moments import root
-from pyro_macro.laws.quantity import name_of
+from pyro_macro.laws.quantity import Quantity, name_of
 from pyro_macro.laws.sampled.chains import SampledLaw
 from pyro_macro.questions.conditioning import given_total
 from pyro_macro.questions.exact import INDUCING, INHIBITING, UNDECIDED
@@ -126,9 +127,13 @@ def _observed(question: Question, sampler: Sampler, at: Tensor) -> Tensor:
             weights = question.finite.effect_given(question.index(at))
             rows = weights.multinomial(count, replacement=True)
             return question.finite.effects[rows]
-    if not question.common_causes:
-        return _under(question, sampler, Natural, at)
-    found = given_total(sampler, at, question.cut.others["effect"])
+    quantities = question.cut.others["effect"]
+    if question.common_causes:
+        found = given_total(sampler, at, quantities)
+    else:
+        found = _if_known(sampler, at, quantities)
+        if found is None:
+            return _under(question, sampler, Natural, at)
     if found is None:
         raise UnsupportedLaw(
             f"{question.what}: hardly any draw could be made of the program given "
@@ -137,12 +142,49 @@ def _observed(question: Question, sampler: Sampler, at: Tensor) -> Tensor:
     return found[0]
 
 
+def _if_known(
+    sampler: Sampler, at: Tensor, quantities: Sequence[Quantity]
+) -> list[Tensor] | None:
+    """Draws given the macro value, where they can be made by acceptance."""
+    try:
+        return given_total(sampler, at, quantities)
+    except UnsupportedLaw:
+        return None
+
+
+def _natural(
+    question: Question, sampler: Sampler, at: Tensor
+) -> list[dict[str, Tensor]] | None:
+    """Micro states given the macro value, for each macro value: ``P(X | xb)``.
+
+    Those of the program given the macro value are that, whatever causes they have.
+    """
+    sites = question.cut.sites
+    quantities = [Quantity(n, sites, "site") for n in question.cause.micro]
+    found = _if_known(sampler, at, quantities)
+    if found is None:
+        return None
+    shapes = [sites[q.name].expanded(sites[q.name].value).shape for q in quantities]
+    return [
+        {
+            q.name: part[i].reshape(-1, *shape)
+            for q, part, shape in zip(quantities, found, shapes, strict=True)
+        }
+        for i in range(len(at))
+    ]
+
+
 def _under(
     question: Question, sampler: Sampler, realization: Realizing, at: Tensor
 ) -> Tensor:
     """Draws of the effect when the macro value is set: ``(n, N, size)``."""
     effect = question.cut.others["effect"]
-    states = _from_chains(question, realization, at)
+    instance = question.instance(realization, at)
+    states = None
+    if is_natural(instance) and not instance.given:
+        states = _natural(question, sampler, at)
+    if states is None:
+        states = _from_chains(question, realization, at)
     if states is not None:
         return sampler.under(states, effect[0], len(at))
     fn = macro_do(

@@ -111,13 +111,16 @@ def _affine(
         done = None if None in parts else _joined([p for p in parts if p is not None])
     if done is None:
         return None
-    slack = 100 * question.precision
-    variances = [m.variance.sum(-1) for m in (seen, done, affine.joint([1]))]
-    total = torch.stack(torch.broadcast_tensors(*variances)).amax(0)  # (n,)
+    # Coefficients have the precision of the program, arithmetic on them is in float64
+    slack, fine = 100 * question.precision, 1e-12
+    own = torch.maximum(seen.variance.sum(-1), done.variance.sum(-1))  # (n,)
+    total = torch.maximum(own, affine.joint([1]).variance.sum())
     # A natural law has the same mean as the observational one, digit by digit
     mean = 0.0 if is_natural(instance) else seen.mean.abs().sum(-1)
-    near = (seen.mean - done.mean).abs().amax(-1) <= slack * (total.sqrt() + mean)
-    alike = (seen.covariance - done.covariance).abs().amax((-1, -2)) <= slack * total
+    step = slack * (own.sqrt() + mean) + fine * total.sqrt()
+    near = (seen.mean - done.mean).abs().amax(-1) <= step
+    apart = (seen.covariance - done.covariance).abs().amax((-1, -2))
+    alike = apart <= slack * own + fine * total
     return Laws(
         at,
         seen,
@@ -127,7 +130,7 @@ def _affine(
         "Wasserstein-2",
         kullback_leibler(done, seen),
         "exact: affine-Gaussian",
-        float((slack * (total.sqrt() + mean)).max()),
+        float(step.max()),
         Outcomes(),
         Outcomes(),
     )

@@ -73,7 +73,9 @@ class Sampler:
                 values = self.values(self.within(fn, lead))
                 return [q.of(values, lead, self.depth) for q in quantities]
             rows = []
-            for _ in tqdm(range(count), disable=not self.progress, desc="Drawing"):
+            for _ in tqdm(
+                range(count), disable=not self.progress, desc="Drawing", leave=False
+            ):
                 values = self.values(self.within(fn, ()))
                 rows.append([q.of(values) for q in quantities])
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
@@ -101,7 +103,9 @@ class Sampler:
                     parts.append(quantity.of(drawn, (count,), self.depth))
                     continue
                 rows = []
-                bar = tqdm(range(count), disable=not self.progress, desc="Drawing")
+                bar = tqdm(
+                    range(count), disable=not self.progress, desc="Drawing", leave=False
+                )
                 for i in bar:
                     one: Any = {name: v[i] for name, v in values.items()}
                     fn = poutine.do(model, data=one)

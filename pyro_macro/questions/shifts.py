@@ -57,7 +57,10 @@ def shift_confounding(
     seen, before = affine.effect_given(value), affine.effect_given(value - delta)
     done = Moments(before.mean + delta * beta, before.covariance)
     distance = two_wasserstein(seen, done)
-    rounding = 100 * question.precision * affine.joint([1]).variance.sum().sqrt()
+    # The gap of the means is in proportion to the shift
+    both = affine.joint([0, 1]).variance.sqrt()
+    rounding = 100 * question.precision * abs(delta) * both[1:].norm() / both[0]
+    rounding = rounding + 1e-14 * seen.mean.abs().max()
     laws = Laws(
         at,
         seen,

@@ -128,6 +128,15 @@ CELLS = {
         "replay, parameters": "test_replay_of_parameters_",
         "replay, aggregate": "test_replay_is_seen_by_",
     },
+    "test_inhibiting": {
+        "Inhibiting, plain call": "test_law_by_hand",
+        "Inhibiting, context": "test_a_context_does_not_see_what_follows",
+        "Inhibiting, condition and obs, effect": "test_data_of_the_effect_do_not_",
+        "Inhibiting, condition and obs, cause": "test_an_observed_cause_is_refused",
+        "Inhibiting, log density": "test_log_joint_by_hand",
+        "Inhibiting, SVI": "test_svi_learns_the_posterior",
+        "Inhibiting, Predictive": "test_predictive_in_parallel",
+    },
     "test_reparam": {
         "reparam inside, micro site": "test_reparam_inside_of_a_micro_site_leaves_",
         "reparam outside, micro site": "test_reparam_outside_of_a_micro_",

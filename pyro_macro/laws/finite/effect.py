@@ -78,6 +78,9 @@ class FiniteEffect:
         after = weights[AFTER]
         self._after = after.expand(size)
         self._effect_of = index
+        whole = float((self.before[:, None] + self.state).exp().sum())
+        if abs(whole - 1) > 1e-4 or bool((after.exp().sum(-1) - 1).abs().max() > 1e-4):
+            raise TooMany("the probabilities of its joint values do not add up to one")
         given = self.before[:, None] + self.state  # log P(u, x)
         self.joint = self.summed(given)
         self.kernel = self.summed(self.before[:, None].expand(size[:2]))

@@ -164,6 +164,11 @@ class _Reader:
         table = log_table(site.fn, self.supports[name])
         table = self.read.padded(table, len(site.event_shape), 1)
         if self.uniform:
+            for other, grade in self.read.grades.items():
+                # Values under ancestors that cannot be do not count
+                weight = self.read.weight(other, self.read.kept_by(grade)).unsqueeze(0)
+                weight = weight.reshape(weight.shape + (1,) * len(site.event_shape))
+                table = torch.where(weight > NEVER / 2, table, NEVER)
             possible = table.amax((1, 2, 3), True) > NEVER
             table = torch.zeros_like(possible, dtype=table.dtype)
             table = table.masked_fill(~possible, NEVER)
