@@ -348,7 +348,9 @@ class _Reader:
         element = torch.arange(len(choices))
         joint = parts[..., element, index].sum(-1).unsqueeze(-2)
         macro, value = self.fibre.aggregation(states), self._value
-        if len(macro) > 1 and len(macro.unique(dim=0)) == len(macro):
+        fns = (self.upstream.sites[name].fn for name in self.layout.names)
+        whole = not any(map(is_count, fns))  # of counts, these are not all states
+        if whole and len(macro) > 1 and len(macro.unique(dim=0)) == len(macro):
             raise NotAMicroState(
                 f"{self.what}: {self.fibre.aggregation!r} is injective on its "
                 f"{len(macro)} micro states, so that nothing is aggregated "
