@@ -19,7 +19,7 @@ from collections.abc import Callable
 import pyro
 import pyro.distributions as dist
 import torch
-from natural import REPEATS, measure
+from natural import begin, measure
 from torch import Tensor
 
 import pyro_macro as pm
@@ -69,13 +69,7 @@ def contenders(size: int) -> dict[str, Callable[[], Tensor]]:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    print(
-        f"{DRAWS} draws, float64, one thread, median of {REPEATS}, torch "
-        f"{torch.__version__}, pyro {pyro.__version__}"
-    )
+    begin(f"{DRAWS} draws")
     print(f"{'K':>6}  {'way':<22}{'CPU ms':>10}{'plain runs':>12}")
     for size in (100, 1000):
         ways = contenders(size)

@@ -104,14 +104,19 @@ def measure(ways: dict[str, Callable[[], Tensor]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def main() -> None:
+def begin(what: str) -> None:
+    """The same conditions for all, and a line that says which."""
     torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
     pyro.set_rng_seed(0)
     print(
-        f"{DRAWS} draws, float64, one thread, median of {REPEATS}, torch "
+        f"{what}, float64, one thread, median of {REPEATS}, torch "
         f"{torch.__version__}, pyro {pyro.__version__}"
     )
+
+
+def main() -> None:
+    begin(f"{DRAWS} draws")
     print(f"{'K':>6}  {'way':<16}{'CPU ms':>10}{'macro_do is':>16}")
     for size in (100, 1000, 5000):
         ways = contenders(size)

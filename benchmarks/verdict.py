@@ -19,7 +19,7 @@ from collections.abc import Callable
 import pyro
 import pyro.distributions as dist
 import torch
-from natural import REPEATS, measure
+from natural import begin, measure
 from torch import Tensor
 
 import pyro_macro as pm
@@ -124,13 +124,7 @@ def check(size: int, ways: dict[str, Callable[[], Answer | Tensor]]) -> None:
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    pyro.set_rng_seed(0)
-    print(
-        f"16 totals, float64, one thread, median of {REPEATS}, torch "
-        f"{torch.__version__}, pyro {pyro.__version__}"
-    )
+    begin("16 totals")
     print(f"{'K':>7}  {'way':<22}{'CPU ms':>10}{'confounding is':>17}")
     for size in (100, 1000, 10_000, 100_000):
         ways = contenders(size)

@@ -35,6 +35,11 @@ def _axes(ax: Any) -> Any:
     return plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
 
 
+def _finished(ax: Any) -> Any:
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
 def _numbers(at: Tensor, *others: Tensor) -> list[Any]:
     """Macro values in ascending order, and the rest along with them, as arrays."""
     if at.dim() > 1 or any(t.dim() > 1 for t in others):
@@ -98,8 +103,7 @@ def plot_confounding(report: ConfoundingReport, ax: Any = None) -> Any:
         ax.set_ylabel(report.effect)
         ax.set_title(f"{report.realization}: {report.verdict}")
     ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return _finished(ax)
 
 
 def _bins(*laws: Outcomes) -> Any:
@@ -169,8 +173,7 @@ def plot_adjustment(report: AdjustmentReport, ax: Any = None) -> Any:
     said = "holds" if report.condition.holds else "does not hold"
     ax.set_title(f"adjusted for {names}: condition (15) {said}")
     ax.legend(frameon=False)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return _finished(ax)
 
 
 def plot_effect(report: EffectReport, ax: Any = None) -> Any:
@@ -184,8 +187,7 @@ def plot_effect(report: EffectReport, ax: Any = None) -> Any:
     _band(ax, at, (mean, variance), DONE, report.effect)
     ax.set_xlabel(report.cause)
     ax.set_ylabel(report.effect)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return _finished(ax)
 
 
 def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
@@ -211,8 +213,7 @@ def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
         ax.set_xlabel(report.cause)
         ax.set_ylabel("total variation left")
     ax.set_title(said)
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
+    return _finished(ax)
 
 
 PICTURES[ConfoundingReport] = plot_confounding

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.quantity import Quantity, Thing, names_of
@@ -51,6 +52,18 @@ class Cut(Upstream):
         self.others = {
             role: [Quantity(thing, self.sites, role) for thing in group]
             for role, group in others.items()
+        }
+
+    @cached_property
+    def micro_sites(self) -> list[Quantity]:
+        """The micro sites of the cause, each as it is."""
+        return [Quantity(name, self.sites, "site") for name in self.cause.sites]
+
+    def as_values(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """What each micro site is, from its quantity, shape ``(..., size)``."""
+        return {
+            q.name: part.reshape(part.shape[:-1] + self.sites[q.name].shape)
+            for q, part in zip(self.micro_sites, parts, strict=True)
         }
 
     @property

@@ -30,10 +30,9 @@ class Moments:
         :param value: shape ``(..., k)``.
         """
         index = torch.arange(self.mean.shape[-1])[known]
-        rest = torch.tensor(
-            [i for i in range(self.mean.shape[-1]) if i not in index.tolist()],
-            dtype=torch.long,
-        )
+        left = torch.ones(self.mean.shape[-1], dtype=torch.bool)
+        left[index] = False
+        rest = left.nonzero().squeeze(-1)
         within = self.covariance[..., index[:, None], index]
         crossed = self.covariance[..., rest[:, None], index]
         solved = crossed @ inverse(within)

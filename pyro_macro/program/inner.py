@@ -111,6 +111,11 @@ class Site:
                 shape = value.shape[min(depth, value.dim()) :]
         return shape
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of its value, of the size of the plates around it."""
+        return self.expanded(self.value).shape
+
     def expanded(self, value: torch.Tensor) -> torch.Tensor:
         """A value of this site, of the size of the plates around it."""
         event = self._event_shape(value, self.frames)

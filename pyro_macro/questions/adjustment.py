@@ -69,7 +69,7 @@ def macro_adjust(
         )
     if question.affine is None and question.finite is None:
         raise question.unsupported("the adjusted effect")
-    at = question.default_at() if at is None else question.values(at)
+    at = question.asked(at)
     if question.affine is not None:
         laws, method = (
             _affine_laws(question.affine, question.spread(at)),

@@ -167,15 +167,8 @@ class _Pinned(Messenger):
                 "common causes with `poutine.condition`."
             )
         self.row = rows[0]
-        moved = [
-            n
-            for n in cut.sites
-            if n in layout.names
-            and bool(
-                (self.row[layout.place(n).start : layout.place(n).stop] != 0).any()
-            )
-        ]
-        self.last = moved[-1]
+        weights = dict(zip(layout.names, self.row.split(layout.sizes), strict=True))
+        self.last = [n for n in cut.sites if n in weights and weights[n].any()][-1]
 
     def along(self, depth: int) -> _Pinned:
         """With the macro values in a dimension left of ``depth`` others."""
@@ -249,7 +242,7 @@ class _Pinned(Messenger):
         """Which elements of the last site have a density without bound."""
         found = torch.zeros_like(value, dtype=torch.bool)
         if getattr(base.support, "is_discrete", False):
-            return self._elements(found)
+            return self._elements(found.double()).bool().any(0)
         for end, near, far in zip(
             bounds(base, value), (1e-30, -1e-16), (1e-20, -1e-10), strict=True
         ):
@@ -257,24 +250,20 @@ class _Pinned(Messenger):
                 ends = [(end + step).expand(value.shape) for step in (near, far)]
                 rise = base.log_prob(ends[0]) - base.log_prob(ends[1])
                 found = found | (rise > POLE)
-        return self._elements(found)
+        return self._elements(found.double()).bool().any(0)
 
     def _elements(self, found: Tensor) -> Tensor:
-        """From the elements of the last site to the order of the micro state."""
-        values = {n: v for n, v in self.values.items()} | {self.last: found.double()}
-        own = self.quantity.layout.place(self.last)
-        stacked = self.quantity.layout.stack(values)[..., own.start : own.stop]
-        return stacked.reshape(-1, len(own)).bool().any(0)
+        """What belongs to the elements of the last site, in order, ``(draws, l)``."""
+        layout = self.quantity.layout
+        own = layout.place(self.last)
+        stacked = layout.stack({**self.values, self.last: found})
+        return stacked[..., own.start : own.stop].reshape(-1, len(own)).double()
 
     def _spread(self, base: Any, value: Tensor, weights: Tensor) -> Tensor:
         """How far each element of the last site usually is from its mean."""
-        layout = self.quantity.layout
         try:
             variance = base.variance.expand(value.shape)
         except NotImplementedError:
             variance = torch.ones_like(value)
-        values = {n: v for n, v in self.values.items()} | {self.last: variance}
-        own = layout.place(self.last)
-        spread = layout.stack(values)[..., own.start : own.stop].double()
-        spread = spread.nan_to_num(posinf=0).reshape(-1, len(own)).mean(0)
+        spread = self._elements(variance).nan_to_num(posinf=0).mean(0)
         return spread * weights.square()

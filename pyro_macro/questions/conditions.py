@@ -185,11 +185,11 @@ def condition_15(question: Question, drawn: Draws) -> IndependenceReport:
             statement, _set_against_natural(question.finite), question
         )
     effect, adjusted = question.cut.others["effect"][0], question.cut.others["given"]
-    state = [Quantity(n, question.cut.sites, "site") for n in question.cause.micro]
     if len(adjusted) > 1 or any(q.size > 1 for q in adjusted):
         raise question.unsupported("condition (15) for more than one number")
     known = adjusted[0] if adjusted else None
     at = None if known is None else drawn.quantiles(known)
+    state = question.cut.micro_sites
     return drawn.test(statement, at, known, state, effect, split=True)
 
 
@@ -227,10 +227,10 @@ class Draws:
     ) -> IndependenceReport:
         """Whether ``one`` and ``other`` are independent, given ``known == at``.
 
-        :param split: whether ``one``, sites, are set for what follows from them.
+        :param split: whether ``one``, the micro sites, are set for what follows.
         """
         pairs = []
-        for values in self._settings(one) if split else [None]:
+        for values in self._settings() if split else [None]:
             fn = self.question.model[0]
             if at is None or known is None:
                 fn = fn if values is None else Split(values)(fn)
@@ -253,17 +253,11 @@ class Draws:
             p,
         )
 
-    def _settings(self, sites: Sequence[Quantity]) -> list[dict[str, Tensor]]:
+    def _settings(self) -> list[dict[str, Tensor]]:
         """Some micro states, as they occur."""
-        drawn = self.sampler.draw(self.question.model[0], sites, count=3)
-        found = []
-        for i in range(3):
-            values = {}
-            for quantity, part in zip(sites, drawn, strict=True):
-                site = self.question.cut.sites[quantity.name]
-                values[quantity.name] = part[i].reshape(site.expanded(site.value).shape)
-            found.append(values)
-        return found
+        cut = self.question.cut
+        drawn = self.sampler.draw(self.question.model[0], cut.micro_sites, count=3)
+        return [cut.as_values(parts) for parts in zip(*drawn, strict=True)]
 
 
 def _affine_report(

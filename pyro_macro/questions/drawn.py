@@ -73,7 +73,7 @@ def drawn_report(
         method = "exact: Theorem 3.1, no common cause; moments by Monte Carlo"
         detail = f"{done.shape[1]:,} draws of each law at each macro value"
     else:
-        verdicts = [INDUCING if seen else UNDECIDED for seen in alarm]
+        verdicts = [INDUCING if heard else UNDECIDED for heard in alarm]
     shape = Size([n]) + effect.shape
 
     def moments(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,19 +159,11 @@ def _natural(
 
     Those of the program given the macro value are that, whatever causes they have.
     """
-    sites = question.cut.sites
-    quantities = [Quantity(n, sites, "site") for n in question.cause.micro]
-    found = _if_known(sampler, at, quantities)
+    found = _if_known(sampler, at, question.cut.micro_sites)
     if found is None:
         return None
-    shapes = [sites[q.name].expanded(sites[q.name].value).shape for q in quantities]
-    return [
-        {
-            q.name: part[i].reshape(-1, *shape)
-            for q, part, shape in zip(quantities, found, shapes, strict=True)
-        }
-        for i in range(len(at))
-    ]
+    each = zip(*found, strict=True)  # by macro value
+    return [question.cut.as_values(parts) for parts in each]
 
 
 def _under(
@@ -184,7 +176,7 @@ def _under(
     if is_natural(instance) and not instance.given:
         states = _natural(question, sampler, at)
     if states is None:
-        states = _from_chains(question, realization, at)
+        states = _from_chains(question, realization, instance, at)
     if states is not None:
         return sampler.under(states, effect[0], len(at))
     fn = macro_do(
@@ -202,14 +194,13 @@ def _under(
 
 
 def _from_chains(
-    question: Question, realization: Realizing, at: Tensor
+    question: Question, realization: Realizing, instance: Realization, at: Tensor
 ) -> list[dict[str, Tensor]] | None:
     """Micro states that chains have drawn, for each macro value as many as count.
 
     A chain's draws depend on one another, and a law that is known by them has no more:
     only so many are taken, evenly, as are worth independent ones.
     """
-    instance = question.instance(realization, at)
     if instance.acts_on_natural or instance.given:
         return None
     laws = question.realized(realization, at)

@@ -90,13 +90,13 @@ def _affine(
     if affine is None:
         return None
     within = affine.joint([0]).covariance
-    size = within.diagonal().sqrt()
-    if bool((torch.linalg.eigvalsh(within) <= 1e-12 * size.square().max()).any()):
+    least = 1e-12 * within.diagonal().max()
+    if bool((torch.linalg.eigvalsh(within) <= least).any()):
         raise UnsupportedLaw(
             f"{question.what}: its value is the same in every run (or one of several "
             "follows from the others), so that there is no P(effect | cause)."
         )
-    at = question.default_at() if at is None else question.values(at)
+    at = question.asked(at)
     value = question.spread(at)
     seen = affine.effect_given(value)
     if is_natural(instance):
@@ -148,7 +148,7 @@ def _finite(
     finite = question.finite
     if finite is None or instance.acts_on_natural:
         return None
-    at = question.default_at() if at is None else question.values(at)
+    at = question.asked(at)
     index = question.index(at)
     at = question.exactly(at, index)
     if is_natural(instance) and instance.given:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from pyro_macro.errors import Infeasible, OffFibre, PyroMacroError, UnsupportedLaw
-from pyro_macro.laws.finite.mixing import closest_mixture
 from pyro_macro.laws.gaussian.effect import AffineEffect
 from pyro_macro.laws.gaussian.fibre import NaturalNormal
 from pyro_macro.laws.gaussian.inhibiting import StretchedNormal
@@ -95,7 +94,7 @@ def _affine(
     at: Any,
     levers: Sequence[str | int] | None,
 ) -> FeasibilityReport:
-    at = question.default_at() if at is None else question.values(at)
+    at = question.asked(at)
     seen = float(affine.effect_given(question.spread(at)).variance[0, 0])
     distance, reason = torch.full((len(at),), torch.nan, dtype=torch.float64), ""
     try:
@@ -141,17 +140,15 @@ def _moved(question: Question, law: Any, at: Tensor) -> Tensor:
 def _finite(question: Question, at: Any) -> FeasibilityReport:
     finite = question.finite
     assert finite is not None
-    at = question.default_at() if at is None else question.values(at)
+    at = question.asked(at)
     index = question.index(at)
-    wanted, natural = finite.effect_given(index), finite.natural(index)
+    natural = finite.natural(index)
     distance, gaps, certificates = [], [], []
     for row, i in enumerate(index.tolist()):
-        inside = finite.reachable(i)
-        start = natural[row, inside]
-        found = closest_mixture(finite.kernel[inside], wanted[row], start)
+        inside, found = finite.inhibited(i)
         gaps.append(found.gap)
         certificates.append(found.certificate)
-        moved = (found.weights - start).abs().sum() / 2
+        moved = (found.weights - natural[row, inside]).abs().sum() / 2
         distance.append(float("nan") if found.gap else float(moved))
     possible = tuple(gap == 0 for gap in gaps)
     reason = ""

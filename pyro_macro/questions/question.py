@@ -273,6 +273,10 @@ class Question:
             )
         return tensor
 
+    def asked(self, at: Any) -> Tensor:
+        """Macro values as a tensor; the default ones where none are given."""
+        return self.default_at() if at is None else self.values(at)
+
     def spread(self, at: Tensor) -> Tensor:
         """Macro values, the same in all slots of the plates that stay: ``(n, b)``."""
         batch = self.cut.cause.shape[: len(self.cut.cause.shape) - self.event]

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -72,12 +72,20 @@ class Sampler:
             if vectorized:
                 values = self.values(self.within(fn, lead))
                 return [q.of(values, lead, self.depth) for q in quantities]
-            rows = []
-            for _ in tqdm(
-                range(count), disable=not self.progress, desc="Drawing", leave=False
-            ):
-                values = self.values(self.within(fn, ()))
-                rows.append([q.of(values) for q in quantities])
+            return self._apart((fn for _ in range(count)), count, quantities)
+
+    def _apart(
+        self,
+        fns: Iterable[Callable[..., Any]],
+        count: int,
+        quantities: Sequence[Quantity],
+    ) -> list[Tensor]:
+        """One draw from each of some programs, one after the other."""
+        quiet = not self.progress
+        rows = []
+        for fn in tqdm(fns, total=count, disable=quiet, desc="Drawing", leave=False):
+            values = self.values(self.within(fn, ()))
+            rows.append([q.of(values) for q in quantities])
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
     def under(
@@ -102,15 +110,11 @@ class Sampler:
                     drawn = self.values(self.within(fn, (count,)))
                     parts.append(quantity.of(drawn, (count,), self.depth))
                     continue
-                rows = []
-                bar = tqdm(
-                    range(count), disable=not self.progress, desc="Drawing", leave=False
+                each: Iterable[Any] = (
+                    poutine.do(model, data={name: v[i] for name, v in values.items()})
+                    for i in range(count)
                 )
-                for i in bar:
-                    one: Any = {name: v[i] for name, v in values.items()}
-                    fn = poutine.do(model, data=one)
-                    rows.append(quantity.of(self.values(self.within(fn, ()))))
-                parts.append(torch.stack(rows))
+                parts += self._apart(each, count, [quantity])
         return torch.stack(parts)
 
     def _widened(self, name: str, value: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_macro.errors import PyroMacroError
+from pyro_macro.laws.gaussian.effect import AffineEffect
 from pyro_macro.laws.moments import Moments, kullback_leibler, two_wasserstein
 from pyro_macro.macro import MacroVariable
 from pyro_macro.questions.exact import Laws
@@ -48,11 +49,11 @@ def shift_confounding(
     :returns: a report, whose interventional law is the one after the shift.
     :raises UnsupportedLaw: if the program is not jointly affine-Gaussian.
     """
-    question, beta = _asked(model, cause, effect, along, model_args, model_kwargs)
-    affine = question.affine
-    assert affine is not None
+    question, affine, beta = _asked(
+        model, cause, effect, along, model_args, model_kwargs
+    )
     delta = _number(question, delta)
-    at = question.default_at() if at is None else question.values(at)
+    at = question.asked(at)
     value = question.spread(at)
     seen, before = affine.effect_given(value), affine.effect_given(value - delta)
     done = Moments(before.mean + delta * beta, before.covariance)
@@ -96,10 +97,10 @@ def atomic_from_shifts(
     :param at: the macro values; by default quantiles of ``P(xb)``.
     :raises UnsupportedLaw: if the program is not jointly affine-Gaussian.
     """
-    question, beta = _asked(model, cause, effect, along, model_args, model_kwargs)
-    affine = question.affine
-    assert affine is not None
-    at = question.default_at() if at is None else question.values(at)
+    question, affine, beta = _asked(
+        model, cause, effect, along, model_args, model_kwargs
+    )
+    at = question.asked(at)
     joint = affine.joint([0, 1])
     left = joint.given([0], joint.mean[:1])
     # Averaged over x': what is left of the regression when the shift takes its share
@@ -129,9 +130,9 @@ def shift_from_atomics(
     :returns: a report, whose ``at`` are the shifts.
     :raises UnsupportedLaw: if the program is not jointly affine-Gaussian.
     """
-    question, beta = _asked(model, cause, effect, along, model_args, model_kwargs)
-    affine = question.affine
-    assert affine is not None
+    question, affine, beta = _asked(
+        model, cause, effect, along, model_args, model_kwargs
+    )
     shifts = question.values(delta)
     joint = affine.joint([0, 1])
     left = joint.given([0], joint.mean[:1])
@@ -166,11 +167,13 @@ def _asked(
     along: Any,
     model_args: tuple,
     model_kwargs: dict[str, Any] | None,
-) -> tuple[Question, Tensor]:
+) -> tuple[Question, AffineEffect, Tensor]:
+    """The question, its answer in parts, and the coefficient along the shift."""
     question = _Shifted(model, cause, effect, model_args, model_kwargs)
-    if question.affine is None:
+    affine = question.affine
+    if affine is None:
         raise question.unsupported("the effect of a shift")
-    return question, coefficient(question, question.affine, along)
+    return question, affine, coefficient(question, affine, along)
 
 
 def _report(

@@ -23,7 +23,6 @@ from pyro_macro.laws.cut import Cut
 from pyro_macro.laws.finite.effect import FiniteEffect
 from pyro_macro.laws.finite.joint import TooMany
 from pyro_macro.laws.finite.listed import ListedLaw
-from pyro_macro.laws.finite.mixing import closest_mixture
 from pyro_macro.laws.gaussian.effect import AffineEffect
 from pyro_macro.laws.gaussian.fibre import NaturalNormal
 from pyro_macro.laws.gaussian.inhibiting import (
@@ -286,10 +285,7 @@ class Inhibiting(Realization):
         return Realized(law, state.layout)
 
     def _mixed(self, state: MicroState, effect: FiniteEffect, index: int) -> Tensor:
-        inside = effect.reachable(index)
-        which = torch.tensor([index])
-        wanted, natural = effect.effect_given(which)[0], effect.natural(which)[0]
-        found = closest_mixture(effect.kernel[inside], wanted, natural[inside])
+        inside, found = effect.inhibited(index)
         if found.gap:
             raise Infeasible(
                 f"{state.what}: no micro-realization of "
@@ -315,8 +311,7 @@ def _no_lever(levers: Any) -> str:
 def _stacked(flat: Tensor, cut: Cut, layout: Layout) -> Tensor:
     """Coefficients of the micro state, site by site, in the order of a layout."""
     names = cut.cause.sites
-    sites = [cut.sites[name] for name in names]
-    shapes = [site.expanded(site.value).shape for site in sites]
+    shapes = [cut.sites[name].shape for name in names]
     parts = flat.split([shape.numel() for shape in shapes])
     values = {
         name: part.reshape(shape)

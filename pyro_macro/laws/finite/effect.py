@@ -14,6 +14,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Size, Tensor
 
@@ -28,8 +29,10 @@ from pyro_macro.laws.finite.joint import (
     JointValues,
     TooMany,
 )
+from pyro_macro.laws.finite.mixing import Mixing, closest_mixture
 from pyro_macro.laws.finite.sums import NEVER
 from pyro_macro.laws.moments import Moments
+from pyro_macro.program.inner import unwrapped
 
 
 class FiniteEffect:
@@ -177,6 +180,17 @@ class FiniteEffect:
         likely = self.state.amax(0) > NEVER / 2
         return (self.cause_of == index) & likely
 
+    def inhibited(self, index: int) -> tuple[Tensor, Mixing]:
+        """The mixture of micro states that comes closest to ``P(yb | xb)``.
+
+        Of several, the closest to the natural one.
+
+        :returns: which micro states it is of, shape ``(X,)``, and the mixture.
+        """
+        inside, which = self.reachable(index), torch.tensor([index])
+        wanted, natural = self.effect_given(which)[0], self.natural(which)[0]
+        return inside, closest_mixture(self.kernel[inside], wanted, natural[inside])
+
     def micro_values(self) -> dict[str, Tensor]:
         """The value of each micro site in each of ``X`` micro states."""
         return self.read.micro_values()
@@ -214,10 +228,8 @@ class FiniteEffect:
             between = (1,) * (len(batch) - own)
             stacked[name] = value.reshape(value.shape[:1] + between + value.shape[1:])
         vectors = layout.stack(stacked)  # (X, ..., K)
-        base = law
-        while hasattr(base, "base_dist"):
-            base = base.base_dist
-        if type(base).__name__ == "Delta":
+        base = unwrapped(law)
+        if isinstance(base, dist.Delta):
             point = push(base.v).double().expand(batch + law.event_shape)
             close = torch.isclose(point, vectors.double(), rtol=1e-6, atol=1e-9)
             log_probs = torch.where(close.all(-1), 0.0, NEVER).double()

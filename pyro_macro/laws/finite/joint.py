@@ -88,8 +88,7 @@ class JointValues:
             block = STATE if name in micro else AFTER if name in below else BEFORE
             values = finite_values(site.fn)
             assert values is not None
-            shape = site.expanded(site.value).shape
-            ancestor = Ancestor(site, block, values, shape, self.counts[block])
+            ancestor = Ancestor(site, block, values, site.shape, self.counts[block])
             self.ancestors.append(ancestor)
             self.counts[block] *= ancestor.count
             if math.prod(self.counts.values()) > CELLS:
