@@ -15,6 +15,7 @@ from pyro_macro.aggregation import (
     Sum,
 )
 from pyro_macro.backdoor import is_macro_backdoor, macro_backdoor_sets
+from pyro_macro.consolidation.fused import Fused, consolidate
 from pyro_macro.drawing import render
 from pyro_macro.errors import (
     CyclicPartition,
@@ -80,6 +81,7 @@ __all__ = [
     "Custom",
     "CyclicPartition",
     "Explicit",
+    "Fused",
     "Flow",
     "Infeasible",
     "Inhibiting",
@@ -111,6 +113,7 @@ __all__ = [
     "can_inhibit",
     "change_of_coordinates",
     "confounding",
+    "consolidate",
     "direction_of",
     "intervention_graph",
     "irrelevant_cause",

@@ -33,7 +33,7 @@ from pyro_macro.errors import (
 )
 from pyro_macro.macro import MacroVariable
 from pyro_macro.program.inner import preserved_random_state
-from pyro_macro.program.reading import read
+from pyro_macro.program.reading import read, structural
 
 
 def micro_graph(
@@ -66,7 +66,7 @@ def micro_graph(
     ([('z', 'x')], ('products',))
     """
     with preserved_random_state(torch.device("cpu")):  # of subsampled plates too
-        sites = read(model, model_args, model_kwargs).sites
+        sites = read(structural(model), model_args, model_kwargs).sites
     graph = nx.DiGraph(kind="micro")
     for name, site in sites.items():
         graph.add_node(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar, overload
 
 import pyro.distributions as dist
@@ -48,6 +48,7 @@ from pyro_macro.program.inner import (
     unwrapped,
 )
 from pyro_macro.program.layout import Layout
+from pyro_macro.program.reading import structural
 from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization
 from pyro_macro.realizations.base import (
@@ -363,6 +364,11 @@ class _Setting(_Handler):
         # The value of each micro site on its way out, by the identity of its message
         self._expected: dict[int, tuple[str, Tensor]] = {}
 
+    @property
+    def sets(self) -> Collection[str]:
+        """The sites whose mechanisms are replaced: the micro sites."""
+        return self._targets.keys()
+
     def _refuse_do(self, macro: MacroVariable, name: str, msg: Message) -> None:
         if msg.get("_intervener_id") is not None:
             outside = any(name == known for known, _ in self._expected.values())
@@ -522,6 +528,10 @@ class MacroDo(_Setting):
         self._own = {macro.name for macro in self.interventions}
         self._own |= {f"{name}__micro" for name in self._own}
 
+    @property
+    def sets(self) -> Collection[str]:
+        return self._collected.keys()
+
     def _macro_of(self, name: str) -> MacroVariable:
         return self._collected[name].macro
 
@@ -557,14 +567,16 @@ class MacroDo(_Setting):
         """
         unseen = preserved_random_state(torch.device("cpu"))
         with detached(), preserved_params(), unseen:
-            prepared = _Prepared(Ahead(self.interventions, (fn, args, kwargs)))
+            read = structural(fn)
+            prepared = _Prepared(Ahead(self.interventions, (read, args, kwargs)))
             with prepared:
                 fn(*args, **kwargs)
         targets = dict.fromkeys(prepared._targets.values())
         return Descriptions([target.described() for target in targets])
 
     def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        with _Prepared(Ahead(self.interventions, (fn, args, kwargs))):
+        read = structural(fn)
+        with _Prepared(Ahead(self.interventions, (read, args, kwargs))):
             return fn(*args, **kwargs)
 
     def __enter__(self) -> MacroDo:

@@ -261,7 +261,7 @@ def preserved_buffers() -> Iterator[None]:
                 buffer.copy_(old)
 
 
-def _is_known(msg: Message) -> bool:
+def is_known(msg: Message) -> bool:
     """Whether the log density of a site counts, once and for all of its elements."""
     fn: Any = msg["fn"]
     while hasattr(fn, "base_dist"):
@@ -307,6 +307,11 @@ class InnerRun(Messenger):
         self._noisy: dict[int, bool] = {}
         self._private: set[str] = set()
 
+    @property
+    def sets(self) -> Collection[str]:
+        """The sites whose mechanisms are replaced, as by an intervention."""
+        return ()
+
     def choose(self, msg: Message, site: Site) -> Any:
         """The value of a site, ``None`` to execute it visibly for the real run too."""
         raise NotImplementedError
@@ -344,7 +349,7 @@ class InnerRun(Messenger):
         sources = self.tracker.sources(msg["fn"]) | self.tracker.escaped
         if is_deterministic(msg) or msg["is_observed"]:
             sources |= self.tracker.sources(msg["value"])
-        site = Site.of(msg, sources, not msg["is_observed"] or _is_known(msg))
+        site = Site.of(msg, sources, not msg["is_observed"] or is_known(msg))
         self._sites[id(msg)] = site
         self._noisy[id(msg)] = NOISE in sources
         value = self.choose(msg, site)

@@ -249,6 +249,10 @@ class NoiseRun(InnerRun):
         self.expressions: dict[str, Tensor] = {}
         self.opaque: dict[str, Any] = {}
 
+    @property
+    def sets(self) -> Collection[str]:
+        return self.cut
+
     def choose(self, msg: Message, site: Site) -> Any:
         if site.name in self.micro or site.name in self.cut:
             refuse_fixed(msg, "macro_do")

@@ -53,6 +53,14 @@ def dependence(sites: Mapping[str, Site], roots: Collection[str] = ()) -> nx.DiG
     return graph
 
 
+def structural(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model that tells what acts on what: of a consolidated one the original.
+
+    What was fused stays correlated, without one site acting on the other.
+    """
+    return getattr(model, "unfused", model)
+
+
 class _ReadingRun(InnerRun):
     def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
         super().__init__()

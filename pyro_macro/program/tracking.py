@@ -23,7 +23,7 @@ NOTHING: frozenset[str] = frozenset()
 
 # Operations that turn the content of a tensor into a Python or NumPy object.
 # Whatever runs afterwards may depend on it, so it is held to depend on it.
-_ESCAPES = frozenset(
+ESCAPES = frozenset(
     {
         "item",
         "tolist",
@@ -107,14 +107,9 @@ class Tracker(TorchFunctionMode):
         result = func(*args, **kwargs)
         if sources:
             name = getattr(func, "__name__", "")
-            if NOISE in sources and (
-                name.rstrip("_") in _KINKS
-                or name in _KINKS
-                or name in _ESCAPES
-                or _is_discrete(result)
-            ):
+            if NOISE in sources and (name in ESCAPES or has_kinks(name, result)):
                 sources |= {MARK + name.strip("_")}
-            if name in _ESCAPES:
+            if name in ESCAPES:
                 self.escaped |= sources
                 return result
             if name in _WHOLE and _is_on_all(args, kwargs):
@@ -183,6 +178,11 @@ def _is_on_all(args: Any, kwargs: Any) -> bool:
     if kwargs.get("dim") is not None or kwargs.get("axis") is not None:
         return False
     return len(args) == 1
+
+
+def has_kinks(name: str, result: Any) -> bool:
+    """Whether an operation, by its name and result, is affine on pieces at most."""
+    return name.rstrip("_") in _KINKS or name in _KINKS or _is_discrete(result)
 
 
 def _is_discrete(result: Any) -> bool:

@@ -36,7 +36,7 @@ from pyro_macro.program.inner import (
     preserved_random_state,
     same_parameters,
 )
-from pyro_macro.program.reading import dependence
+from pyro_macro.program.reading import dependence, structural
 from pyro_macro.program.substitution import detached
 from pyro_macro.program.tracking import tensors_in
 from pyro_macro.realizations import Natural, Realization, Realized
@@ -88,6 +88,7 @@ class Question:
                 f"model_args={model_args!r}, model_kwargs={model_kwargs!r}. Expected a "
                 "tuple and a dictionary, what the model is called with."
             )
+        model = structural(model)
         self.model: Model = (model, tuple(model_args), dict(model_kwargs or {}))
         self.cause, self.effect = cause, effect
         self._why_not = ""
@@ -206,7 +207,9 @@ class Question:
         for seed in range(CHANCES):
             with self.unseen(), torch.no_grad():
                 torch.manual_seed(seed)
-                run = EnumeratedRun(self.cut, self.cut.names, values)
+                run = EnumeratedRun(
+                    self.cut, self.cut.names, values, self.cut.cause.sites
+                )
                 run.run(*self.model)
             first = first or run.sites
             for name, site in first.items():

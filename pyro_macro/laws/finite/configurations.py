@@ -95,13 +95,24 @@ def log_prob_of(fn: Any, value: Tensor, site: Site) -> Tensor:
 
 
 class EnumeratedRun(ValuedRun):
-    """An inner run in which some sites have many values at once."""
+    """An inner run in which some sites have many values at once.
+
+    :param cut: sites whose mechanisms are replaced.
+    """
 
     def __init__(
-        self, upstream: Upstream, until: Sequence[str], values: Mapping[str, Tensor]
+        self,
+        upstream: Upstream,
+        until: Sequence[str],
+        values: Mapping[str, Tensor],
+        cut: Collection[str] = (),
     ) -> None:
         super().__init__(until, upstream.shared, values)
-        self.before = upstream.sites
+        self.before, self._cut = upstream.sites, tuple(cut)
+
+    @property
+    def sets(self) -> Collection[str]:
+        return self._cut
 
     def otherwise(self, site: Site) -> Tensor:
         return self.before[site.name].value

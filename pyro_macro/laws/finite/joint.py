@@ -165,7 +165,7 @@ class JointValues:
         ]
 
     def _run(self, values: Values) -> EnumeratedRun:
-        run = EnumeratedRun(self.cut, self.cut.names, values)
+        run = EnumeratedRun(self.cut, self.cut.names, values, self.cut.cause.sites)
         run.run(*self.cut.model)
         return run
 
