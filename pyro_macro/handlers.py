@@ -48,7 +48,6 @@ from pyro_macro.program.inner import (
     unwrapped,
 )
 from pyro_macro.program.layout import Layout
-from pyro_macro.program.reading import structural
 from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization
 from pyro_macro.realizations.base import (
@@ -567,16 +566,14 @@ class MacroDo(_Setting):
         """
         unseen = preserved_random_state(torch.device("cpu"))
         with detached(), preserved_params(), unseen:
-            read = structural(fn)
-            prepared = _Prepared(Ahead(self.interventions, (read, args, kwargs)))
+            prepared = _Prepared(Ahead(self.interventions, (fn, args, kwargs)))
             with prepared:
                 fn(*args, **kwargs)
         targets = dict.fromkeys(prepared._targets.values())
         return Descriptions([target.described() for target in targets])
 
     def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        read = structural(fn)
-        with _Prepared(Ahead(self.interventions, (read, args, kwargs))):
+        with _Prepared(Ahead(self.interventions, (fn, args, kwargs))):
             return fn(*args, **kwargs)
 
     def __enter__(self) -> MacroDo:

@@ -32,7 +32,7 @@ from pyro_macro.program.inner import (
     unwrapped,
 )
 from pyro_macro.program.layout import Layout
-from pyro_macro.program.reading import draw
+from pyro_macro.program.reading import draw, refuse_fused, structural
 from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization, Realized
 from pyro_macro.realizations.base import common
@@ -136,7 +136,9 @@ class Ahead:
         interventions: Interventions,
         model: tuple[Callable[..., Any], tuple, dict],
     ) -> None:
-        self.interventions, self.model = interventions, model
+        self.interventions, self.run = interventions, model
+        # What was consolidated does not tell what acts on what
+        self.model = (structural(model[0]), *model[1:])
         self.shared: dict[str, Shared] = {}
         self.micro = {n: macro for macro in interventions for n in macro.micro}
 
@@ -242,11 +244,13 @@ class Ahead:
             for thing in realization.given:
                 until |= {thing} if isinstance(thing, str) else set(thing.micro)
             if realization.acts_on_natural:
+                what = f"macro-variable {macro.name!r}: {type(realization).__name__}"
+                refuse_fused(self.run[0], macro.micro, f"{what} acts on natural values")
                 until |= set(macro.micro)
         if not until:
             return {}
         run = _Lookahead(until, self.micro)
-        run.run(*self.model)
+        run.run(*self.run)
         self.shared = run.shared
         self.changed, self.sites, self.params = run.changed, run.sites, run.params
         return run.sites

@@ -157,7 +157,7 @@ class AffineGroup:
             elif within >= set(frame.common):
                 found.append(self._by_rows(loc, zeros, parent, frame, lead))
             else:
-                found.append(self._by_columns(loc, zeros, lead))
+                found.append(self._by_columns(loc, zeros, parent, frame, lead))
         return found
 
     def _by_rows(
@@ -176,16 +176,23 @@ class AffineGroup:
         )
         return _elements(gradient, parent, frame, lead + 1).double().movedim(0, -2)
 
-    def _by_columns(self, loc: Tensor, zeros: Tensor, lead: int) -> Tensor:
+    def _by_columns(
+        self, loc: Tensor, zeros: Tensor, parent: Site, frame: Frame, lead: int
+    ) -> Tensor:
         """The same for a parent that all slots of a plate have in common."""
         inner = zeros.shape[lead:]
         cotangent = torch.zeros_like(loc, requires_grad=True)
         (gradient,) = torch.autograd.grad(
             loc, zeros, cotangent, create_graph=True, materialize_grads=True
         )
-        size = inner.numel()
+        size = frame.size(parent)
         eye = torch.eye(size, dtype=loc.dtype, device=loc.device)
-        columns = eye.reshape((size,) + (1,) * lead + tuple(inner))
+        own = {f.dim for f in parent.frames if f.vectorized}
+        pairs = zip(frame.places, frame.plates, strict=True)
+        plates = [length if dim in own else 1 for dim, length in pairs]
+        eye = eye.reshape((size,) + (1,) * frame.depth + (size,))
+        columns = frame.back(eye.expand((size, *plates, size)), parent)
+        columns = columns.reshape((size,) + (1,) * lead + tuple(inner))
         (found,) = torch.autograd.grad(
             gradient,
             cotangent,
@@ -256,7 +263,7 @@ class AffineGroup:
         applied to them.
         """
         leaves = {self.mechanisms[0].expression.leaves[slot] for slot in self.slots}
-        if self.mechanisms[0].expression.has_kinks(leaves):
+        if not self.mechanisms[0].expression.may_be_affine(leaves):
             return False
         try:
             matrices, offset, _ = self.coefficients(values, frame)

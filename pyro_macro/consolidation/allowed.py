@@ -80,7 +80,9 @@ class Allowed:
         :raises InterventionNotAllowed: naming the sites, and what is allowed.
         """
         rest = {n: v for n, v in made.items() if n not in stays and n not in self.free}
-        if not rest or any(_same(rest, one, stays) for one in self.explicit):
+        if not rest or any(
+            _same(rest, one, {*stays, *self.free}) for one in self.explicit
+        ):
             return
         what = ", ".join(f"do({n} = {_short(v)})" for n, v in rest.items())
         raise InterventionNotAllowed(
@@ -128,11 +130,13 @@ class Made:
     :ivar values: the values that sites are set to by interventions.
     :ivar replaced: sites whose mechanism is replaced by a handler that takes care of
         their values itself.
+    :ivar unread: those of them whose handler takes the program as it comes.
     :ivar conditioned: sites that are conditioned on.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     replaced: set[str] = field(default_factory=set)
+    unread: set[str] = field(default_factory=set)
     conditioned: set[str] = field(default_factory=set)
 
 
@@ -188,6 +192,8 @@ def being_made(names: Collection[str]) -> Made:
                     "handlers, or its `unfused`."
                 )
             made.replaced |= replaced
+            if not getattr(messenger, "wrapped", True):
+                made.unread |= replaced
     return made
 
 

@@ -36,7 +36,12 @@ class Frame:
     @property
     def plates(self) -> Size:
         """The shape of the plates in common, of the depth of the program."""
-        return Size(self.common.get(dim, 1) for dim in range(-self.depth, 0))
+        return Size(self.common.get(dim, 1) for dim in self.places)
+
+    @property
+    def places(self) -> range:
+        """The dimensions of the plates of the program, from left to right."""
+        return range(-self.depth, 0)
 
     def over(self, site: Site) -> list[int]:
         """The dimensions of a site's plates that are among its elements."""

@@ -7,97 +7,99 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
+import networkx as nx
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro.poutine import runtime
 from pyro.poutine.do_messenger import DoMessenger
-from pyro.poutine.messenger import block_messengers
+from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.runtime import Message, apply_stack
 from torch import Tensor
 
-from pyro_macro.consolidation.affine_component import AffineComponent
 from pyro_macro.consolidation.allowed import Allow, Allowed, Made, as_value, being_made
-from pyro_macro.consolidation.finite_component import FiniteComponent
-from pyro_macro.consolidation.known import Known
-from pyro_macro.consolidation.partition import boundary, clusters
-from pyro_macro.consolidation.structure import AFFINE, Structure
-from pyro_macro.errors import PyroMacroError, UnknownSite
-from pyro_macro.program.mechanisms import (
-    arguments,
-    put_back,
-    read_mechanisms,
-)
+from pyro_macro.consolidation.cost import CostReport
+from pyro_macro.consolidation.elimination import Eliminating
+from pyro_macro.consolidation.equations import Equations
+from pyro_macro.consolidation.graph import fused_graph
+from pyro_macro.consolidation.known import NATURAL, Known
+from pyro_macro.consolidation.prepared import Prepared, Request
+from pyro_macro.errors import PyroMacroError
+from pyro_macro.program.mechanisms import arguments, put_back
 from pyro_macro.program.tape import ARGUMENT, INDICES, PARAM, SITE, Leaf
 
 PREPARED = 16  # programs for arguments of different shapes, that are remembered
 
 
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What was asked for."""
+def consolidate(
+    model: Callable[..., Any],
+    keep: str | Iterable[str],
+    allow: Allow = (),
+    partition: Sequence[Collection[str]] | None = None,
+    *,
+    model_args: tuple = (),
+    model_kwargs: dict[str, Any] | None = None,
+) -> Fused:
+    """Fuses the mechanisms of a model, and keeps the interventions that are allowed.
 
-    keep: tuple[str, ...]
-    allow: Allow
-    partition: tuple[frozenset[str], ...] | None
+    Algorithm 1 of *Do Not Marginalize Mechanisms, Rather Consolidate!*: what comes back
+    is a Pyro model of the sites in ``keep``, of observed ones, and of those that could
+    not be eliminated. Each has its exact distribution given those before it, so that
+    inference, conditioning and the handlers of this library work as on any model, and
+    for each allowed intervention the joint distribution is that of ``model`` under the
+    same intervention. Nothing is approximated.
 
+    Fused are affine-Gaussian sites (scalars, vectors, in plates), finite sites and
+    deterministic ones; coefficients and tables may depend on sites that stay, on
+    parameters and on arguments, and are differentiable in them. What is of no such
+    kind stays, and :attr:`Fused.method` says why.
 
-class Prepared:
-    """A program, consolidated for arguments of some shape.
+    The model is read under ``model_args``. Called with other tensors of the same
+    shapes the fused one uses these; with others, it reads the model again. What the
+    model closes over is taken as it is when it is read.
 
-    :ivar mechanisms: the program as it was read.
-    :ivar structure: what stays and what is eliminated; ``None`` if the program could
-        not be taken apart, and is run as it is.
-    :ivar trouble: why not.
+    :param model: a callable with Pyro primitives.
+    :param keep: names of sites.
+    :param allow: the interventions that stay possible: names of sites, to be set to any
+        value, alone or together, and explicit ones ``{site: value, ...}``, to be made
+        as they are. Sites that are kept can always be intervened on. Without any, what
+        is not kept is marginalized.
+    :param partition: clusters of sites (Definitions 3 and 4), each fused by itself:
+        what another cluster needs stays. By default all can be fused with all.
+    :param model_args: positional arguments to read the model with.
+    :param model_kwargs: keyword arguments.
+    :raises UnknownSite: for names that the model does not have.
+    :raises CyclicPartition: if clusters need one another.
+
+    >>> def tool():
+    ...     s = pyro.deterministic("s0", torch.tensor(1.0))
+    ...     for t in range(1, 37):
+    ...         s = pyro.deterministic(f"s{t}", 0.95 * s)
+    >>> fused = consolidate(tool, keep=["s36"], allow=["s12", "s24"])
+    >>> print(*fused.equations(), sep="\\n")
+    s36 := 0.95^(36-k) * v where k is the last of {12, 24} intervened on; else 0.1578
+    >>> renewed = pyro.poutine.do(fused, {"s12": 1.0, "s24": 1.0})
+    >>> pyro.poutine.trace(renewed).get_trace().nodes["s36"]["value"]
+    tensor(0.5404)
     """
-
-    def __init__(
-        self, model: Callable[..., Any], request: Request, args: tuple, kwargs: dict
-    ) -> None:
-        self.mechanisms = read_mechanisms(model, args, kwargs)
-        self.model = model
-        of = self.mechanisms.of
-        for name in request.keep:
-            if name not in of:
-                raise UnknownSite.named("consolidate, keep", name, of)
-        self.allowed = Allowed(request.allow, of)
-        self.names = frozenset(of)
-        kept = {*request.keep, *self.mechanisms.factors}
-        kept |= {name for name, m in of.items() if m.site.observed}
-        why: dict[str, str] = {}
-        self.clusters = None
-        if request.partition is not None:
-            graph = self.mechanisms.graph()
-            self.clusters = clusters(graph, request.partition)
-            for name in boundary(graph, self.clusters):
-                if name not in kept:
-                    why[name] = "another cluster needs it"
-        self.trouble = self.mechanisms.trouble
-        self.structure: Structure | None = None
-        self.components: dict[str, AffineComponent | FiniteComponent] = {}
-        if self.trouble is None:
-            self._take_apart(kept, why)
-
-    def _take_apart(self, kept: set[str], why: dict[str, str]) -> None:
-        structure = Structure(self.mechanisms, kept, why)
-        needed = [n for n in self.mechanisms.of if n not in structure.dropped]
-        for name in needed:
-            trouble = self.mechanisms.of[name].trouble
-            if trouble is not None:
-                self.trouble = f"site {name!r}: {trouble}"
-                return
-        self.structure = structure
-        for component in structure.components:
-            kind = AffineComponent if component.kind == AFFINE else FiniteComponent
-            made = kind(component, structure)
-            for name in component.children:
-                self.components[name] = made
+    keep = (keep,) if isinstance(keep, str) else tuple(keep)
+    parts = None if partition is None else tuple(frozenset(p) for p in partition)
+    if not callable(model):
+        raise PyroMacroError(f"consolidate: {model!r} is not callable: no model.")
+    request = Request(keep, allow, parts)
+    kind = _FusedModule if isinstance(model, torch.nn.Module) else Fused
+    return kind(model, request, tuple(model_args), dict(model_kwargs or {}))
 
 
 class Fused:
-    """A Pyro model whose mechanisms are fused. See :func:`consolidate`."""
+    """A Pyro model whose mechanisms are fused. See :func:`consolidate`.
+
+    :ivar unfused: the original model.
+    """
+
+    unfused: Callable[..., Any]
 
     def __init__(
         self,
@@ -106,95 +108,193 @@ class Fused:
         model_args: tuple,
         model_kwargs: dict[str, Any],
     ) -> None:
+        super().__init__()
         self.unfused = model
+        if not isinstance(model, torch.nn.Module):
+            functools.update_wrapper(self, model, updated=())
         self._request = request
+        self._model = (model_args, model_kwargs)
         self._prepared: dict[Any, Prepared] = {}
-        self._args, self._kwargs = model_args, model_kwargs
-        functools.update_wrapper(self, model, updated=())
-        self._first = self._prepare(model_args, model_kwargs)
+        self._first = first = Prepared(model, request, model_args, model_kwargs)
+        self._has_plates = any(
+            frame.vectorized for m in first.of.values() for frame in m.site.frames
+        )
+        self._prepared[self._key(model_args, model_kwargs)] = first
 
     def __repr__(self) -> str:
         name = getattr(self.unfused, "__name__", type(self.unfused).__name__)
-        stays = ", ".join(self.sites)
-        return f"consolidate({name}: {stays})"
+        return f"<{name}, consolidated: {', '.join(self.sites)}>"
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The names of the sites that are left, in program order."""
-        first = self._first
-        if first.structure is None:
-            return tuple(first.mechanisms.of)
-        return tuple(first.structure.stays)
+        return tuple(self._first.stays)
 
     @property
     def allowed(self) -> Allowed:
         """The interventions it was prepared for."""
         return self._first.allowed
 
+    @property
+    def method(self) -> dict[str, str]:
+        """How each cluster was dealt with: what was fused how, and what stays why."""
+        return self._first.method()
+
+    @property
+    def cost(self) -> CostReport:
+        """What an evaluation costs before and after, in the declared measure.
+
+        The shortest description of a mechanism is not computable; in its place stand
+        random numbers, multiplications and additions, and stored numbers
+        (:class:`~pyro_macro.consolidation.cost.Cost`).
+        """
+        return self._first.cost()
+
+    @property
+    def graph(self) -> nx.DiGraph:
+        """What is left, and what it depends on.
+
+        Nodes are the sites that stay, allowed interventions that act on them
+        (``intervened``), and latent common causes of sites whose parents were
+        eliminated together: these are correlated beyond what the edges say.
+        """
+        return fused_graph(self._first)
+
+    def fused_behind(self, names: Collection[str]) -> list[str]:
+        """The random sites that were fused away and that some sites depend on."""
+        first = self._first
+        graph, stays = first.mechanisms.graph(), set(first.stays)
+        above = set().union(*(nx.ancestors(graph, n) for n in names if n in graph))
+        return [
+            n
+            for n, m in first.of.items()
+            if n in above and n not in stays and not m.site.deterministic
+        ]
+
+    def equations(self, latex: bool = False) -> list[str]:
+        """One line a site that stays, interventions spelled out.
+
+        :param latex: LaTeX instead of plain text.
+        """
+        first = self._first
+        if first.structure is None:
+            return [f"{name}: as in the program ({first.trouble})" for name in first.of]
+        return Equations(
+            first.structure,
+            first.eliminations,
+            first.rules,
+            first.allowed,
+            first.names,
+            latex,
+        ).lines()
+
+    def plot(self, ax: Any = None) -> Any:
+        """The program before and after, side by side, as in Figure 1 of the paper.
+
+        :param ax: two axes of matplotlib to draw on; new ones by default.
+        :returns: the figure.
+        :raises ImportError: if matplotlib is missing.
+        """
+        from pyro_macro.consolidation.picture import draw
+
+        return draw(self._first, ax)
+
+    def _key(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Equal for calls under which the program is the same function of tensors."""
+        shapes = tuple(
+            (leaf, tuple(t.shape), t.dtype, str(t.device))
+            for leaf, t in arguments(args, kwargs)
+        )
+        # Plates inside take the dimensions that those outside leave
+        taken = _taken_dims() if self._has_plates else ()
+        return shapes, _frozen((args, kwargs)), taken
+
     def _prepare(self, args: tuple, kwargs: dict[str, Any]) -> Prepared:
-        key = _signature(args, kwargs)
-        first = getattr(self, "_first", None)
-        if first is not None and any(
-            f.vectorized for m in first.mechanisms.of.values() for f in m.site.frames
-        ):
-            # Plates inside take the dimensions that those outside leave
-            key = (key, _taken_dims())
-        elif first is None:
-            self._prepared[key, _taken_dims()] = self._prepared[key] = Prepared(
-                self.unfused, self._request, args, kwargs
-            )
+        key = self._key(args, kwargs)
         if key not in self._prepared:
             if len(self._prepared) >= PREPARED:
                 self._prepared.clear()
             self._prepared[key] = Prepared(self.unfused, self._request, args, kwargs)
         return self._prepared[key]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         prepared = self._prepare(args, kwargs)
-        made = being_made(prepared.names)
-        if prepared.structure is None:
-            if made.values:
-                prepared.allowed.check(made.values, self._request.keep)
-            return self.unfused(*args, **kwargs)
-        stays = set(prepared.structure.stays)
-        for name in made.conditioned:
-            if name not in stays:
-                raise PyroMacroError(
-                    f"site {name!r} is conditioned on, but was fused away: keep it, "
-                    f"keep=[..., {name!r}]."
-                )
+        made = being_made(prepared.of)
         if made.values:
-            prepared.allowed.check(made.values, stays)
+            prepared.allowed.check(
+                made.values,
+                prepared.stays if prepared.structure else self._request.keep,
+            )
+        if prepared.structure is None:
+            return self.unfused(*args, **kwargs)
+        for name in made.conditioned.difference(prepared.structure.stays):
+            raise PyroMacroError(
+                f"site {name!r} is conditioned on, but was fused away. Keep it: "
+                f"keep=[..., {name!r}]."
+            )
+        for elimination in prepared.eliminations.values():
+            together = sorted(made.unread.intersection(elimination.component.children))
+            if len(together) > 1:
+                raise PyroMacroError(
+                    f"macro_do as a context: the micro sites {together} of a "
+                    "consolidated model have causes in common that were fused away, "
+                    "which a context cannot know. Wrap the model: "
+                    "macro_do(model, interventions)."
+                )
         return _Run(prepared, made, args, kwargs).go()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs)
+
+
+class _FusedModule(Fused, torch.nn.Module):
+    """A module whose mechanisms are fused, with its parameters."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.nn.Module.__call__(self, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run(args, kwargs)
+
+
+class _Natural(Messenger):
+    """Sees what a site that is intervened on would have been.
+
+    ``poutine.do`` splits a site in two: its natural half, a copy of the message, stays
+    a random site, and shares causes with what comes after.
+    """
+
+    value: Tensor | None = None
+
+    def _pyro_post_sample(self, msg: Message) -> None:
+        copied = msg.get("_intervener_id") is not None
+        if copied and not str(msg["name"]).endswith("__CF") and self.value is None:
+            self.value = msg["value"]  # type: ignore[assignment]
 
 
 class _Run:
     """One run of a fused program."""
 
     def __init__(
-        self,
-        prepared: Prepared,
-        made: Made,
-        args: tuple,
-        kwargs: dict[str, Any],
+        self, prepared: Prepared, made: Made, args: tuple, kwargs: dict[str, Any]
     ) -> None:
         assert prepared.structure is not None
         self.prepared, self.structure = prepared, prepared.structure
-        self.of = prepared.mechanisms.of
+        self.of = prepared.of
         inputs: dict[Leaf, Tensor] = dict(arguments(args, kwargs))
         self.known = Known(self.structure, inputs)
-        self.stays = self.structure.stays
         self.made = made.values
         self.interventions = frozenset((*made.values, *made.replaced))
-        self.runs: dict[int, Any] = {}
+        self.unseen = frozenset(made.replaced)
+        self.runs: dict[int, Eliminating] = {}
 
     def go(self) -> Any:
         self._ask_inputs()
-        stays = set(self.stays)
+        stays = self.structure.stays
         for name, value in self.made.items():
             if name not in stays:
                 self._set(name, value)
-        for name in self.stays:
+        for name in stays:
             self._meet(name)
         return self._output()
 
@@ -218,18 +318,11 @@ class _Run:
             self._emit(name, _certain(tensor, site), tensor, {"_deterministic": True})
 
     def _meet(self, name: str) -> None:
+        """A site that stays."""
         mechanism = self.of[name]
         site = mechanism.site
-        run = self._run_of(name) if name not in self.interventions else None
-        law: Any
-        if run is not None:
-            law = run.law(name)
-        elif name in self.prepared.components:
-            law = self._natural(name)
-        else:
-            outputs = self.known.outputs(name)
-            made = mechanism.parts
-            law = outputs[0] if made is None else made.build(outputs)
+        run = self._run_of(name)
+        law: Any = self._own(name) if run is None else run.law(name)
         observed, mask, scale = self._rest(name)
         if isinstance(law, Tensor):
             observed = law
@@ -237,34 +330,34 @@ class _Run:
         infer = dict(mechanism.infer)
         if site.deterministic and observed is not None:
             infer["_deterministic"] = True
-        value = self._emit(name, law, observed, infer, mask, scale)
+        with _Natural() as natural:
+            value = self._emit(name, law, observed, infer, mask, scale)
         self.known.set(name, value)
+        if name in self.interventions and name not in self.unseen:
+            seen = natural.value if natural.value is not None else value
+            self.known.set(NATURAL + name, seen)
         if run is not None:
             run.observe(name)
 
-    def _run_of(self, name: str) -> Any:
-        component = self.prepared.components.get(name)
-        if component is None:
+    def _own(self, name: str) -> Any:
+        """The distribution that a site has by itself; a tensor if it is certain."""
+        rule = self.prepared.rules.get(name)
+        if rule is not None and not rule.requires & self.interventions:
+            return rule.at(self.known).to(self.of[name].site.value.dtype)
+        outputs = self.known.outputs(name)
+        made = self.of[name].parts
+        return outputs[0] if made is None else made.build(outputs)
+
+    def _run_of(self, name: str) -> Eliminating | None:
+        elimination = self.prepared.eliminations.get(name)
+        if elimination is None:
             return None
-        key = id(component)
+        key = id(elimination)
         if key not in self.runs:
-            self.runs[key] = component.start(self.interventions, self.known)
+            self.runs[key] = elimination.start(
+                self.interventions, self.unseen, self.known
+            )
         return self.runs[key]
-
-    def _natural(self, name: str) -> Any:
-        """What a site that is intervened on would have been.
-
-        Handlers see it, as they do in a program that is not fused.
-        """
-        component = self.prepared.components[name]
-        run = component.start(self.interventions - {name}, self.known)
-        for child in component.component.children:
-            if child == name:
-                break
-            if child not in self.interventions:
-                run.law(child)
-                run.observe(child)
-        return run.law(name)
 
     def _rest(self, name: str) -> tuple[Tensor | None, Any, Any]:
         """A site's value if it is observed, its mask and its scale."""
@@ -334,21 +427,13 @@ def _certain(value: Tensor, site: Any) -> Any:
     return dist.Delta(value, event_dim=len(site.event_shape)).mask(False)
 
 
-def _signature(args: tuple, kwargs: Mapping[str, Any]) -> Any:
-    """Equal for arguments under which a program is the same function of tensors."""
-    shapes = tuple(
-        (leaf, tuple(t.shape), t.dtype, str(t.device))
-        for leaf, t in arguments(args, kwargs)
-    )
-    return shapes, _frozen((args, dict(kwargs)))
-
-
 def _frozen(thing: Any) -> Any:
+    """Equal for arguments that differ in their tensors alone."""
     if isinstance(thing, Tensor):
         return Tensor
     if isinstance(thing, (tuple, list)):
         return tuple(_frozen(part) for part in thing)
-    if isinstance(thing, dict):
+    if isinstance(thing, Mapping):
         return tuple((k, _frozen(v)) for k, v in thing.items())
     try:
         hash(thing)
@@ -359,22 +444,4 @@ def _frozen(thing: Any) -> Any:
 
 def _taken_dims() -> tuple[bool, ...]:
     """Which dimensions plates outside have taken."""
-    from pyro.poutine import runtime
-
     return tuple(name is not None for name in runtime._DIM_ALLOCATOR._stack)
-
-
-def consolidate(
-    model: Callable[..., Any],
-    keep: str | Iterable[str],
-    allow: Allow = (),
-    partition: Sequence[Collection[str]] | None = None,
-    *,
-    model_args: tuple = (),
-    model_kwargs: dict[str, Any] | None = None,
-) -> Fused:
-    """Fuses mechanisms."""
-    keep = (keep,) if isinstance(keep, str) else tuple(keep)
-    parts = None if partition is None else tuple(frozenset(p) for p in partition)
-    request = Request(keep, allow, parts)
-    return Fused(model, request, model_args, model_kwargs or {})

@@ -14,6 +14,13 @@ from pyro_macro.consolidation.frame import Frame, Worlds
 from pyro_macro.consolidation.structure import Structure
 from pyro_macro.program.tape import CAPTURED, SITE, Expression, Leaf
 
+NATURAL = "\0natural "  # before the name of a site that is intervened on
+
+
+def plain(name: str) -> str:
+    """The site that a natural value is of."""
+    return name.removeprefix(NATURAL)
+
 
 class Known:
     """Values by site, and of parameters, arguments and indices of plates.
@@ -46,6 +53,10 @@ class Known:
         if name not in self.sites:
             self._compute(name)
         return self.sites[name]
+
+    def seen(self, name: str) -> Tensor:
+        """The value that tells of a site's causes: if it is set, its natural one."""
+        return self.sites.get(NATURAL + name, self.sites[name])
 
     def _compute(self, name: str) -> None:
         """Evaluates a deterministic site, and those it is computed from."""
@@ -149,6 +160,6 @@ class Known:
         """The elements of a site's value, as numbers of double precision."""
         key = (name, id(frame))
         if key not in self._elements:
-            site = self.structure.sites[name]
+            site = self.structure.sites[plain(name)]
             self._elements[key] = frame.elements(self[name], site).double()
         return self._elements[key]

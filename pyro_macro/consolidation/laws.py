@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import ReshapeTransform
 
+from pyro_macro.errors import UnsupportedLaw
 from pyro_macro.program.inner import Site, unwrapped
 
 
@@ -38,7 +39,15 @@ def gaussian(mean: Tensor, covariance: Tensor, site: Site) -> Any:
         scale = scale.reshape(scale.shape[:-1] + event)
         loc = loc.reshape(loc.shape[:-1] + event)
         return dist.Normal(loc, scale).to_event(len(event))
-    tril = torch.linalg.cholesky(covariance).to(dtype)
+    tril, info = torch.linalg.cholesky_ex(covariance)
+    thin = tril.diagonal(dim1=-2, dim2=-1) ** 2 <= 1e-12 * variance
+    if bool(info.any()) or bool(thin.any()):
+        raise UnsupportedLaw(
+            f"site {site.name!r}: given what stays before it, some combinations of its "
+            "elements are certain and others are not. No distribution of Pyro is such: "
+            "keep the sites that it is computed from, too."
+        )
+    tril = tril.to(dtype)
     flat = dist.MultivariateNormal(loc, scale_tril=tril)
     if len(event) == 1:
         return flat
@@ -54,36 +63,40 @@ def trimmed(tensor: Tensor, right: int, site: Site) -> Tensor:
 
 
 class FiniteValues(dist.TorchDistribution):
-    """One of some values, with their probabilities.
+    """One of some values.
 
     :param values: shape ``(V,)``.
-    :param probs: shape ``batch + (V,)``.
+    :param logits: logarithms of their probabilities, shape ``batch + (V,)``.
     """
 
-    arg_constraints = {"probs": constraints.simplex}
+    arg_constraints = {"logits": constraints.real_vector}
     has_enumerate_support = True
 
-    def __init__(self, values: Tensor, probs: Tensor) -> None:
-        self.values, self.probs = values, probs
-        self._index = dist.Categorical(probs=probs, validate_args=False)
-        super().__init__(probs.shape[:-1], validate_args=False)
+    def __init__(self, values: Tensor, logits: Tensor) -> None:
+        self.values, self.logits = values, logits.log_softmax(-1)
+        super().__init__(logits.shape[:-1], validate_args=False)
+
+    @property
+    def probs(self) -> Tensor:
+        """The probabilities, shape ``batch + (V,)``."""
+        return self.logits.exp()
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> _OneOf:  # type: ignore[override]
         return _OneOf(self.values)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FiniteValues:
-        shape = torch.Size(batch_shape) + self.probs.shape[-1:]
-        return FiniteValues(self.values, self.probs.expand(shape))
+        shape = torch.Size(batch_shape) + self.logits.shape[-1:]
+        return FiniteValues(self.values, self.logits.expand(shape))
 
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
-        return self.values[self._index.sample(sample_shape)]
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        index = dist.Categorical(logits=self.logits, validate_args=False)
+        return self.values[index.sample(torch.Size(sample_shape))]
 
     def log_prob(self, value: Tensor) -> Tensor:
         hit = value.unsqueeze(-1) == self.values
-        shape = torch.broadcast_shapes(hit.shape, self.probs.shape)
-        probs = (self.probs.expand(shape) * hit).sum(-1)
-        return probs.log()
+        logits = torch.where(hit, self.logits, -torch.inf)
+        return logits.logsumexp(-1)
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         values = self.values.reshape((-1,) + (1,) * len(self.batch_shape))
@@ -100,21 +113,31 @@ class _OneOf(constraints.Constraint):
         return (value.unsqueeze(-1) == self.values).any(-1)
 
 
-def finite(probs: Tensor, values: Tensor, site: Site) -> Any:
+def within(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """As numbers that a type has: there is no infinity among them."""
+    most = torch.finfo(dtype).max / 4
+    return logits.clamp(-most, most).to(dtype)
+
+
+def finite(logits: Tensor, values: Tensor, site: Site) -> Any:
     """Probabilities of values, as the distribution of a site.
 
     It is of the kind it was, where that is determined by the probabilities.
+
+    :param logits: their logarithms, shape ``(..., V)``.
+    :returns: the distribution; a value of the site, if only one is possible.
     """
-    probs = trimmed(probs, 1, site)
+    logits = trimmed(logits, 1, site)
     base = None if site.deterministic else unwrapped(site.fn)
-    dtype = torch.get_default_dtype()
     given = getattr(base, "_param", None)
+    dtype = torch.get_default_dtype()
     if isinstance(given, Tensor) and given.is_floating_point():
         dtype = given.dtype
     if isinstance(base, torch.distributions.Bernoulli):
-        return dist.Bernoulli(probs=probs[..., 1].clamp(0, 1).to(dtype))
+        return dist.Bernoulli(logits=within(logits[..., 1] - logits[..., 0], dtype))
     if isinstance(base, torch.distributions.Categorical):
-        return dist.Categorical(probs=probs.to(dtype))
+        return dist.Categorical(logits=within(logits, dtype))
+    probs = logits.exp()
     if site.deterministic and bool(((probs == 0) | (probs == 1)).all()):
         return values[probs.argmax(-1)]
-    return FiniteValues(values, probs.to(dtype))
+    return FiniteValues(values, within(logits, dtype))

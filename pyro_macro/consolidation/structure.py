@@ -242,7 +242,7 @@ class Structure:
                     if p in members:
                         blamed[p] = f"{name!r} is not affine in it"
         if blamed:
-            return self._random(blamed)
+            return self.random(blamed)
         finite = [n for n in eliminated if not is_gaussian(self.of[n])]
         if finite:
             return dict.fromkeys(finite, "finite among Gaussian sites")
@@ -251,9 +251,9 @@ class Structure:
                 for p in self.of[name].parents:
                     if p in members:
                         blamed[p] = f"{name!r} is not affine in it"
-        return self._random(blamed)
+        return self.random(blamed)
 
-    def _random(self, blamed: Mapping[str, str]) -> dict[str, str]:
+    def random(self, blamed: Mapping[str, str]) -> dict[str, str]:
         """The same of random sites: deterministic ones are known once these are."""
         found: dict[str, str] = {}
         uncertain = set(self.uncertain)
@@ -290,21 +290,27 @@ class Structure:
                 for p in self.of[name].parents:
                     if p in members:
                         found[p] = f"{name!r} is {what}"
-        return self._random(found)
+        return self.random(found)
 
     def _wrong_plates(
         self, eliminated: list[str], children: list[str]
     ) -> dict[str, str]:
-        """Sites outside of a plate that children are in: their slots are not apart."""
-        found = {}
-        for child in children:
-            frames = {f for f in self.sites[child].frames if f.vectorized}
+        """Sites that act across the border of a plate that children are in."""
+        found: dict[str, str] = {}
+        names = {*eliminated, *children}
+        inside = {f for c in children for f in self.sites[c].frames if f.vectorized}
+        for plate in inside:
             for name in eliminated:
-                missing = frames - set(self.sites[name].frames)
-                if missing:
-                    plate = next(iter(missing)).name
-                    found[name] = f"it is outside of plate {plate!r}, {child!r} inside"
-        return self._random(found)
+                is_in = plate in self.sites[name].frames
+                for child in self.graph.successors(name):
+                    if child not in names:
+                        continue
+                    if is_in != (plate in self.sites[child].frames):
+                        where = "inside" if is_in else "outside"
+                        found[name] = (
+                            f"it is {where} of plate {plate.name!r}, {child!r} is not"
+                        )
+        return self.random(found)
 
     def _common(self, names: Iterable[str]) -> tuple[str, ...]:
         names = list(names)
@@ -319,13 +325,13 @@ class Structure:
         frame = Frame(self.sites.values(), common)
         if sum(frame.size(self.sites[n]) for n in names if n in children) > ELEMENTS:
             return None, dict.fromkeys(
-                self._random(dict.fromkeys(eliminated, "")),
+                self.random(dict.fromkeys(eliminated, "")),
                 f"more than {ELEMENTS:,} elements would be eliminated together",
             )
         if common and not self._is_local(names, frame):
             if any(self._plates(n, [n]) for n in children):
                 return None, dict.fromkeys(
-                    self._random(dict.fromkeys(eliminated, "")),
+                    self.random(dict.fromkeys(eliminated, "")),
                     "the slots of a plate act on one another",
                 )
             common = ()
@@ -395,20 +401,39 @@ class Structure:
         first = plates[children[0]]
         extra = [n for n in eliminated if plates[n] != first]
         if extra:
-            return None, self._random(
+            return None, self.random(
                 dict.fromkeys(
                     extra, "finite, and in plates that its children are not in"
                 )
             )
-        linear = {}
-        for name in names:
+        linear: dict[str, tuple[str, ...]] = {}
+        for name in sorted(names, key=self.order.__getitem__):
+            parents = self.of[name].expression.parents
             linear[name] = tuple(
                 p
-                for p in self.of[name].expression.parents
-                if p in members or self._is_axis(p, first)
+                for p in parents
+                if p in members
+                or self._is_axis(p, first)
+                or (p in children and self._is_listed(p, linear))
             )
+        blamed = {}
+        for name in children:
+            if self.sites[name].deterministic and not self._is_listed(name, linear):
+                for p in self.of[name].parents:
+                    if p in members:
+                        blamed[p] = f"the values of {name!r} cannot be listed"
+        if blamed:
+            return None, self.random(blamed)
         common = tuple(f.name for f in first)
         return Component(FINITE, tuple(eliminated), tuple(children), linear, common), {}
+
+    def _is_listed(self, name: str, linear: Mapping[str, tuple[str, ...]]) -> bool:
+        """Whether a deterministic site is a function of finite ones alone."""
+        site = self.sites[name]
+        if not site.deterministic or site.observed or len(site.event_shape):
+            return False
+        leaves = self.of[name].expression.leaves
+        return all(kind == SITE and p in linear[name] for kind, p in leaves)
 
     def _is_axis(self, name: str, plates: set) -> bool:
         """Whether a site that stays is one whose values can be listed."""

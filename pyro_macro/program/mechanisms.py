@@ -11,6 +11,8 @@ program's.
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -196,7 +198,9 @@ class _MechanismRun(InnerRun):
         name = str(msg["name"])
         if site_is_factor(msg) and not site_is_subsample(msg):
             made = parts(msg["fn"])
-            self._note(msg, name, [] if made is None else made.tensors, [], made)
+            tensors = [] if made is None else made.tensors
+            value: Any = msg["value"]
+            self._note(msg, name, tensors, [value], made)
             self.made[name] = Site.of(msg)
         super()._pyro_sample(msg)
 
@@ -287,6 +291,7 @@ def read_mechanisms(
     """
     model_kwargs = model_kwargs or {}
     runs = []
+    before = _python_states()
     for seed, noting in ((1, True), (2, False)):
         run = _MechanismRun(seed, noting)
         with pyro.poutine.block(), preserved_params():
@@ -311,7 +316,11 @@ def read_mechanisms(
             site, expression, rest, noted.parts, noted.infer, noted.counts, trouble
         )
     trouble = None
-    if list(first.noted) != list(second.noted):
+    if _python_states() != before:
+        trouble = (
+            "it draws random numbers of Python or NumPy, which are no sample sites"
+        )
+    elif list(first.noted) != list(second.noted):
         trouble = "its sites are not the same in each run"
     else:
         for name in _changed(of, second):
@@ -330,6 +339,15 @@ def read_mechanisms(
         output,
         trouble,
     )
+
+
+def _python_states() -> tuple[Any, ...]:
+    """The random states of Python and NumPy."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return (random.getstate(),)
+    kind, keys, *rest = numpy.random.get_state()
+    return (random.getstate(), kind, keys.tobytes(), *rest)
 
 
 def _changed(of: Mapping[str, Mechanism], second: _MechanismRun) -> list[str]:

@@ -28,11 +28,13 @@ class Parts:
     :ivar tensors: its parameters.
     :ivar event_dims: how many of the rightmost dimensions of each are no plates.
     :ivar build: makes such a distribution of other tensors, of any batch shape.
+    :ivar kind: equal for distributions of which ``build`` is the same.
     """
 
     tensors: list[Tensor]
     event_dims: list[int]
     build: Callable[[Sequence[Tensor]], Any]
+    kind: Any
 
 
 @singledispatch
@@ -84,7 +86,8 @@ def parts(fn: Any) -> Parts | None:
         return kind(**given, **others, validate_args=False)
 
     dims = [_event_dim(constraints[name], own[name], fn) for name in names]
-    return Parts([own[name] for name in names], dims, build)
+    said = (kind, tuple(names), tuple((n, repr(v)) for n, v in others.items()))
+    return Parts([own[name] for name in names], dims, build, said)
 
 
 @cache
@@ -110,6 +113,7 @@ def _delta(fn: Any) -> Parts:
         lambda tensors: dist.Delta(
             tensors[0], tensors[1], event_dim=depth, validate_args=False
         ),
+        (dist.Delta, depth),
     )
 
 
@@ -121,6 +125,7 @@ def _multivariate_normal(fn: Any) -> Parts:
         lambda tensors: dist.MultivariateNormal(
             tensors[0], scale_tril=tensors[1], validate_args=False
         ),
+        dist.MultivariateNormal,
     )
 
 
@@ -132,6 +137,7 @@ def _low_rank(fn: Any) -> Parts:
         lambda tensors: dist.LowRankMultivariateNormal(
             tensors[0], tensors[1], tensors[2], validate_args=False
         ),
+        dist.LowRankMultivariateNormal,
     )
 
 
@@ -151,7 +157,7 @@ def _independent(fn: Any) -> Parts | None:
     dims = []
     for tensor, dim in zip(base.tensors, base.event_dims, strict=True):
         dims.append(dim + min(count, tensor.dim() - dim, total))
-    return Parts(base.tensors, dims, build)
+    return Parts(base.tensors, dims, build, ("independent", count, base.kind))
 
 
 @parts.register(MaskedDistribution)
@@ -161,12 +167,16 @@ def _masked(fn: Any) -> Parts | None:
         return None
     if not isinstance(mask, Tensor):
         return Parts(
-            base.tensors, base.event_dims, lambda given: base.build(given).mask(mask)
+            base.tensors,
+            base.event_dims,
+            lambda given: base.build(given).mask(mask),
+            ("masked", mask, base.kind),
         )
     return Parts(
         [*base.tensors, mask],
         [*base.event_dims, 0],
         lambda given: base.build(given[:-1]).mask(given[-1]),
+        ("masked", base.kind),
     )
 
 
@@ -180,7 +190,7 @@ def _expanded(fn: Any) -> Parts | None:
         made = base.build(tensors)
         return made.expand(Size(broadcast_shape(made.batch_shape, shape)))
 
-    return Parts(base.tensors, base.event_dims, build)
+    return Parts(base.tensors, base.event_dims, build, ("expanded", shape, base.kind))
 
 
 @parts.register(torch.distributions.TransformedDistribution)
@@ -215,4 +225,5 @@ def _transformed(fn: Any) -> Parts | None:
         made = base.build(given[: len(base.tensors)])
         return dist.TransformedDistribution(made, transforms)
 
-    return Parts(tensors, dims, build)
+    kinds = tuple(type(transform) for transform in fn.transforms)
+    return Parts(tensors, dims, build, ("transformed", kinds, base.kind))

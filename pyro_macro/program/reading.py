@@ -14,7 +14,7 @@ import pyro
 import torch
 from pyro.poutine.runtime import Message
 
-from pyro_macro.errors import UnknownSite
+from pyro_macro.errors import PyroMacroError, UnknownSite
 from pyro_macro.program.inner import (
     InnerRun,
     Site,
@@ -59,6 +59,20 @@ def structural(model: Callable[..., Any]) -> Callable[..., Any]:
     What was fused stays correlated, without one site acting on the other.
     """
     return getattr(model, "unfused", model)
+
+
+def refuse_fused(model: Any, names: Collection[str], why: str) -> None:
+    """An error if a consolidated model has lost what some sites depend on.
+
+    :param why: what they are needed for, in words.
+    """
+    gone = model.fused_behind(names) if hasattr(model, "fused_behind") else []
+    if gone:
+        raise PyroMacroError(
+            f"{why}: the model is consolidated, and {gone}, which {sorted(names)} "
+            "depend on, were fused away, so that these cannot be held or drawn by "
+            "themselves. Keep them, or intervene on the `unfused` model."
+        )
 
 
 class _ReadingRun(InnerRun):

@@ -44,6 +44,36 @@ _OPERATORS = """
     __rmul__ __truediv__ __rtruediv__ __pow__ __rpow__ __rdiv__ __div__
 """
 _ARITHMETIC = frozenset(_OPERATORS.split())
+_MOVES = """
+    broadcast_tensors part_of expand expand_as reshape view view_as squeeze unsqueeze to
+    float double clone detach getitem stack cat transpose permute movedim get contiguous
+"""
+_ARRANGING = frozenset(_MOVES.split())
+# Operations that are affine in each of their arguments, the others held. (Products of
+# what depends on the same leaves are polynomials, which two probes are sure to find.)
+_AFFINE = """
+    add radd sub rsub mul rmul div truediv true_divide neg negative positive sum mean
+    matmul rmatmul mm bmm mv dot inner outer einsum tensordot linear bilinear baddbmm
+    addmm addmv addbmm kron vdot
+    broadcast_tensors part_of expand expand_as broadcast_to reshape view view_as flatten
+    unflatten squeeze unsqueeze ravel transpose swapaxes swapdims permute movedim
+    moveaxis t T mT H mH get stack cat concat concatenate hstack vstack dstack
+    column_stack getitem setitem select narrow index_select gather take take_along_dim
+    masked_select masked_fill unbind split chunk tensor_split flip fliplr flipud roll
+    repeat tile repeat_interleave diag diagonal diag_embed tril triu trace clone detach
+    contiguous to type float double half bfloat16 cumsum diff where conv1d conv2d conv3d
+    pad avg_pool1d avg_pool2d alias real lerp addcmul addcdiv copy zero fill scatter
+    scatter_add index_add index_copy nansum _Changed resolve_conj data requires_grad
+    block_diag meshgrid atleast_1d atleast_2d as_tensor tensor type_as new_tensor
+"""
+_KNOWN_AFFINE = frozenset(name.strip("_") for name in _AFFINE.split())
+_DRAWS = """
+    rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial
+    normal poisson binomial uniform exponential geometric cauchy log_normal random
+    dropout alpha_dropout feature_alpha_dropout feature_dropout dropout1d dropout2d
+    dropout3d rrelu gumbel_softmax standard_gamma sample_dirichlet standard_normal
+"""
+_RANDOM = frozenset(_DRAWS.split())
 
 
 class Node:
@@ -136,6 +166,11 @@ class Tape(Tracker):
             return func(*args, **kwargs)
         noted = any(self._is_noted(t) for t in _tensors((args, kwargs)))
         name = getattr(func, "__name__", "")
+        if name.strip("_") in _RANDOM:
+            result = super().__torch_function__(func, types, args, kwargs)
+            drawn = f"random numbers that are no sample site ({name})"
+            self._note_node(result, Node(trouble=drawn))
+            return result
         in_place = name == "__setitem__" or (
             name.endswith("_") and not name.endswith("__")
         )
@@ -171,7 +206,7 @@ class Tape(Tracker):
             setattr(result, self._node, node)
         elif isinstance(result, (tuple, list)):
             for i, part in enumerate(result):
-                self._note_node(part, Node(_part, (node, i), kinked=node.kinked))
+                self._note_node(part, Node(part_of, (node, i), kinked=node.kinked))
 
     def _template(self, thing: Any) -> Any:
         if isinstance(thing, Tensor):
@@ -184,7 +219,7 @@ class Tape(Tracker):
         return thing
 
 
-def _part(parts: Any, place: int) -> Any:
+def part_of(parts: Any, place: int) -> Any:
     return parts[place]
 
 
@@ -303,22 +338,39 @@ class Expression:
         return thing if thing is None else (type(thing), thing)
 
     @property
+    def operations(self) -> int:
+        """How many operations there are."""
+        return len(self._steps)
+
+    @property
+    def arithmetic(self) -> int:
+        """How many of them compute numbers, and do not only arrange these."""
+        names = (getattr(f, "__name__", "").strip("_") for f, _, _ in self._steps)
+        return sum(name not in _ARRANGING for name in names)
+
+    @property
     def parents(self) -> list[str]:
         """The sites among the leaves."""
         return [str(name) for kind, name in self.leaves if kind == SITE]
 
-    def has_kinks(self, leaves: Collection[Leaf]) -> bool:
-        """Whether operations with kinks are on the way from some leaves."""
+    def may_be_affine(self, leaves: Collection[Leaf]) -> bool:
+        """Whether all operations on the way from some leaves are known to be affine.
+
+        Not more: their coefficients may be products of what depends on the leaves.
+        """
         reached = {i for i, leaf in enumerate(self.leaves) if leaf in leaves}
-        for (_, args, kwargs), place, kinked in zip(
+        for (function, args, kwargs), place, kinked in zip(
             self._steps, self._at, self._kinked, strict=True
         ):
             if reached.isdisjoint(_places_in((args, kwargs))):
                 continue
-            if kinked:
-                return True
+            name = getattr(function, "__name__", type(function).__name__).strip("_")
+            if name == "get":  # a property of a tensor
+                name = function.__self__.__name__
+            if kinked or name not in _KNOWN_AFFINE:
+                return False
             reached.add(place)
-        return False
+        return True
 
     def _step_places(self) -> list[int]:
         holes = set(self._holes)
@@ -338,15 +390,27 @@ class Expression:
         ]
         return self.evaluate(found, self.constants if constants is None else constants)
 
-    def evaluate(self, leaves: Sequence[Any], constants: Sequence[Any]) -> list[Tensor]:
-        """The outputs, given all leaves and constants in order."""
+    def evaluate(
+        self,
+        leaves: Sequence[Any],
+        constants: Sequence[Any],
+        apply: Callable[..., Any] | None = None,
+    ) -> list[Any]:
+        """The outputs, given all leaves and constants in order.
+
+        :param apply: what to do instead of calling a function, given it, its arguments
+            and its keyword arguments: values may then be anything.
+        """
         values: list[Any] = [None] * self._count
         values[: self._leaf_count] = leaves
         for place, constant in zip(self._holes, constants, strict=True):
             values[place] = constant
         for (function, args, kwargs), place in zip(self._steps, self._at, strict=True):
             given, named = _thawed(args, values), _thawed(kwargs, values)
-            values[place] = function(*given, **named)
+            if apply is None:
+                values[place] = function(*given, **named)
+            else:
+                values[place] = apply(function, given, named)
         return [_thawed(output, values) for output in self._outputs]
 
 
