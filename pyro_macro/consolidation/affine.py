@@ -172,8 +172,10 @@ class AffineGroup:
             rows.expand((size, *loc.shape)),
             create_graph=True,
             is_grads_batched=True,
-            materialize_grads=True,
+            allow_unused=True,
         )
+        if gradient is None:  # it does not depend on it after all
+            gradient = zeros.detach().expand((size, *zeros.shape))
         return _elements(gradient, parent, frame, lead + 1).double().movedim(0, -2)
 
     def _by_columns(
@@ -185,6 +187,8 @@ class AffineGroup:
         (gradient,) = torch.autograd.grad(
             loc, zeros, cotangent, create_graph=True, materialize_grads=True
         )
+        if not gradient.requires_grad:
+            return loc.new_zeros((*loc.shape, frame.size(parent))).double()
         size = frame.size(parent)
         eye = torch.eye(size, dtype=loc.dtype, device=loc.device)
         own = {f.dim for f in parent.frames if f.vectorized}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from pyro.contrib.autoname.scoping import ScopeMessenger
+from pyro.contrib.autoname.scoping import NameCountMessenger, ScopeMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.do_messenger import DoMessenger
@@ -79,10 +79,12 @@ class Allowed:
         :param made: the values that are set, of sites that stay among them.
         :raises InterventionNotAllowed: naming the sites, and what is allowed.
         """
-        rest = {n: v for n, v in made.items() if n not in stays and n not in self.free}
-        if not rest or any(
-            _same(rest, one, {*stays, *self.free}) for one in self.explicit
-        ):
+        rest = {n: v for n, v in made.items() if n not in stays}
+        explicit = [
+            {n: v for n, v in e.items() if n not in stays} for e in self.explicit
+        ]
+        free = self.free
+        if rest.keys() <= free or any(_is(rest, one, free) for one in explicit):
             return
         what = ", ".join(f"do({n} = {_short(v)})" for n, v in rest.items())
         raise InterventionNotAllowed(
@@ -113,14 +115,15 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _same(
-    made: Mapping[str, Any], one: Mapping[str, Any], stays: Collection[str]
-) -> bool:
-    wanted = {n: v for n, v in one.items() if n not in stays}
-    return made.keys() == wanted.keys() and all(
-        bool((torch.as_tensor(made[n]) == torch.as_tensor(v)).all())
-        for n, v in wanted.items()
-    )
+def _is(made: Mapping[str, Any], one: Mapping[str, Any], free: frozenset[str]) -> bool:
+    """Whether an intervention is an explicit one, and else on free sites alone."""
+    if not one or not one.keys() <= made.keys() or not made.keys() - one.keys() <= free:
+        return False
+    try:
+        pairs = [(torch.as_tensor(made[n]), torch.as_tensor(v)) for n, v in one.items()]
+        return all(bool((found == wanted).all()) for found, wanted in pairs)
+    except (TypeError, RuntimeError):  # no numbers, or of other shapes
+        return False
 
 
 @dataclass
@@ -132,12 +135,14 @@ class Made:
         their values itself.
     :ivar unread: those of them whose handler takes the program as it comes.
     :ivar conditioned: sites that are conditioned on.
+    :ivar taken_apart: whether this is a run that reads mechanisms.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     replaced: set[str] = field(default_factory=set)
     unread: set[str] = field(default_factory=set)
     conditioned: set[str] = field(default_factory=set)
+    taken_apart: bool = False
 
 
 def being_made(names: Collection[str]) -> Made:
@@ -158,7 +163,7 @@ def being_made(names: Collection[str]) -> Made:
         pass
     made, prefix = Made(), ""
     hidden: list[BlockMessenger] = []
-    inner = False
+    inner = counted = False
 
     def visible(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
         for key in keys:
@@ -170,10 +175,18 @@ def being_made(names: Collection[str]) -> Made:
     for messenger in reversed(stack):
         if isinstance(messenger, ScopeMessenger):
             prefix = f"{messenger.prefix}/{prefix}"
+        elif isinstance(messenger, NameCountMessenger):
+            counted = True
         elif isinstance(messenger, BlockMessenger):
             hidden.append(messenger)
         elif isinstance(messenger, (DoMessenger, ConditionMessenger)):
             data = messenger.data
+            if counted and isinstance(messenger, DoMessenger):
+                raise PyroMacroError(
+                    "consolidate: poutine.do is outside of a handler that counts names "
+                    "(name_count), so that what it sets cannot be told. Apply it to "
+                    "the consolidated model itself."
+                )
             data = data if isinstance(data, Mapping) else _values_of(data)
             for key, name in visible(k for k, v in data.items() if v is not None):
                 if isinstance(messenger, DoMessenger):
@@ -181,6 +194,7 @@ def being_made(names: Collection[str]) -> Made:
                 else:
                     made.conditioned.add(name)
         elif not inner:
+            made.taken_apart |= getattr(messenger, "takes_apart", False)
             inner = isinstance(messenger, InnerRun)  # it hides what others replace
             replaced = {n for _, n in visible(getattr(messenger, "sets", ()))}
             if inner and replaced:

@@ -16,6 +16,7 @@ import torch
 from pyro.poutine import runtime
 from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.messenger import Messenger, block_messengers
+from pyro.poutine.reparam_messenger import ReparamMessenger
 from pyro.poutine.runtime import Message, apply_stack
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from pyro_macro.consolidation.equations import Equations
 from pyro_macro.consolidation.graph import fused_graph
 from pyro_macro.consolidation.known import NATURAL, Known
 from pyro_macro.consolidation.prepared import Prepared, Request
-from pyro_macro.errors import PyroMacroError
+from pyro_macro.errors import PyroMacroError, UnknownSite
 from pyro_macro.program.mechanisms import arguments, put_back
 from pyro_macro.program.tape import ARGUMENT, INDICES, PARAM, SITE, Leaf
 
@@ -86,6 +87,9 @@ def consolidate(
     """
     keep = (keep,) if isinstance(keep, str) else tuple(keep)
     parts = None if partition is None else tuple(frozenset(p) for p in partition)
+    if isinstance(model, Fused):
+        model.refuse_more(keep, allow)
+        model = model.unfused
     if not callable(model):
         raise PyroMacroError(f"consolidate: {model!r} is not callable: no model.")
     request = Request(keep, allow, parts)
@@ -120,6 +124,10 @@ class Fused:
             frame.vectorized for m in first.of.values() for frame in m.site.frames
         )
         self._prepared[self._key(model_args, model_kwargs)] = first
+
+    def __reduce__(self) -> Any:
+        # Copies, too, read the model again: theirs
+        return type(self), (self.unfused, self._request, *self._model)
 
     def __repr__(self) -> str:
         name = getattr(self.unfused, "__name__", type(self.unfused).__name__)
@@ -159,6 +167,17 @@ class Fused:
         eliminated together: these are correlated beyond what the edges say.
         """
         return fused_graph(self._first)
+
+    def refuse_more(self, keep: Collection[str], allow: Allow) -> None:
+        """An error if more is asked of a consolidated model than it has."""
+        for name in keep:
+            if name not in self.sites:
+                raise UnknownSite.named("consolidate, keep", name, self.sites)
+        asked = Allowed(allow, self._first.of)
+        for name in asked.free - self.allowed.free:
+            self.allowed.check({name: "any value"}, self.sites)
+        for one in asked.explicit:
+            self.allowed.check(one, self.sites)
 
     def fused_behind(self, names: Collection[str]) -> list[str]:
         """The random sites that were fused away and that some sites depend on."""
@@ -211,15 +230,23 @@ class Fused:
 
     def _prepare(self, args: tuple, kwargs: dict[str, Any]) -> Prepared:
         key = self._key(args, kwargs)
-        if key not in self._prepared:
+        found = self._prepared.get(key)
+        if found is None or not found.is_for(args, kwargs):
             if len(self._prepared) >= PREPARED:
                 self._prepared.clear()
-            self._prepared[key] = Prepared(self.unfused, self._request, args, kwargs)
-        return self._prepared[key]
+            found = Prepared(self.unfused, self._request, args, kwargs)
+            self._prepared[key] = found
+        return found
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         prepared = self._prepare(args, kwargs)
         made = being_made(prepared.of)
+        if made.taken_apart:
+            raise PyroMacroError(
+                "consolidate: the model has a consolidated part inside, its sites "
+                "correlated without one acting on the other. Consolidate the whole, "
+                "with that part unfused."
+            )
         if made.values:
             prepared.allowed.check(
                 made.values,
@@ -301,7 +328,15 @@ class _Run:
     def _ask_inputs(self) -> None:
         """Parameters, and indices of plates that draw some."""
         mechanisms = self.prepared.mechanisms
+        store = pyro.get_param_store()
         for name, statement in mechanisms.params.items():
+            asks = len(statement["args"]) < 2  # for what is there already
+            if asks and name not in store and name in mechanisms.trained:
+                # As modules do: one tensor, in the module and in the store
+                unconstrained, constraint = mechanisms.trained[name]
+                store._params[name] = unconstrained
+                store._constraints[name] = constraint
+                store._param_to_name[unconstrained] = name
             msg = statement.copy()
             apply_stack(msg)
             self.known.inputs[PARAM, name] = msg["value"]  # type: ignore[index]
@@ -314,7 +349,8 @@ class _Run:
         site = self.of[name].site
         tensor = as_value(name, value, site)
         self.known.set(name, tensor)
-        with block_messengers(lambda m: isinstance(m, DoMessenger)):
+        hidden = (DoMessenger, ReparamMessenger)
+        with block_messengers(lambda m: isinstance(m, hidden)):
             self._emit(name, _certain(tensor, site), tensor, {"_deterministic": True})
 
     def _meet(self, name: str) -> None:
@@ -403,6 +439,13 @@ class _Run:
             continuation=None,
         )
         apply_stack(msg)
+        intervened = msg.get("_intervener_id") is not None
+        if intervened and name not in self.interventions:
+            raise PyroMacroError(
+                f"site {name!r}: an intervention reached it under another name, "
+                f"{str(msg['name']).removesuffix('__CF')!r}, that a handler in between "
+                "gave it. Apply poutine.do to the consolidated model itself."
+            )
         return msg["value"]  # type: ignore[return-value]
 
     def _output(self) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_macro.consolidation.frame import Frame, Worlds
 from pyro_macro.consolidation.structure import Structure
-from pyro_macro.program.tape import CAPTURED, SITE, Expression, Leaf
+from pyro_macro.program.tape import CAPTURED, PARAM, SITE, Expression, Leaf
 
 NATURAL = "\0natural "  # before the name of a site that is intervened on
 
@@ -114,6 +114,9 @@ class Known:
                 name = str(leaf[1])
                 event = len(self.structure.sites[name].event_shape)
                 values.append((self[name], event))
+            elif leaf[0] == PARAM:  # `poutine.lift` within a plate
+                like = self.structure.mechanisms.values[leaf]
+                values.append((self.inputs[leaf], like.dim()))
         return Worlds(values, self.frame)
 
     def values(
@@ -129,6 +132,13 @@ class Known:
             kind, name = leaf
             if kind == CAPTURED:
                 continue
+            if kind == PARAM and worlds:
+                shape = self.structure.mechanisms.values[leaf].shape
+                value = self.inputs[leaf]
+                if worlds.has(value, len(shape)):
+                    found[leaf] = worlds.front(value, len(shape), shape)
+                    wide.add(leaf)
+                    continue
             if kind != SITE:
                 found[leaf] = self.inputs[leaf]
                 continue

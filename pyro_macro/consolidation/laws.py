@@ -31,6 +31,12 @@ def gaussian(mean: Tensor, covariance: Tensor, site: Site) -> Any:
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     if not bool((variance > 0).any()):
         return loc.reshape(loc.shape[:-1] + event)
+    if bool((variance == 0).any()):
+        raise UnsupportedLaw(
+            f"site {site.name!r}: given what stays before it, some of its elements are "
+            "certain and others are not. No distribution of Pyro is such: keep the "
+            "sites that it is computed from, too."
+        )
     if not event:
         return dist.Normal(loc[..., 0], variance[..., 0].sqrt().to(dtype))
     off = covariance - torch.diag_embed(variance)

@@ -25,7 +25,7 @@ from pyro_macro.consolidation.structure import AFFINE, Component, Structure
 from pyro_macro.consolidation.symbolic import size
 from pyro_macro.consolidation.tables import Factor
 from pyro_macro.errors import UnknownSite, UnsupportedLaw
-from pyro_macro.program.mechanisms import Mechanism, read_mechanisms
+from pyro_macro.program.mechanisms import Mechanism, arguments, read_mechanisms
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +124,14 @@ class Prepared:
                     continue
             for name in component.children:
                 self.eliminations[name] = made
+
+    def is_for(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether the program is the same for the values of other arguments."""
+        if not self.mechanisms.by_value:
+            return True
+        values = self.mechanisms.values
+        given = arguments(args, kwargs)
+        return all(torch.equal(values[leaf], tensor) for leaf, tensor in given)
 
     @property
     def stays(self) -> list[str]:

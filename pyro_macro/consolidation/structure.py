@@ -209,8 +209,8 @@ class Structure:
         """How some sites can be eliminated, or which of them cannot and why."""
         children = [n for n in stays if any(p in members for p in self.of[n].parents)]
         children, eliminated = self._ordered(children), self._ordered(members)
-        blamed = self._not_laws(eliminated, children) or self._wrong_plates(
-            eliminated, children
+        blamed = self._not_laws(eliminated, children) or self.random(
+            self._crossing(eliminated, children)
         )
         if blamed:
             return None, blamed
@@ -292,9 +292,7 @@ class Structure:
                         found[p] = f"{name!r} is {what}"
         return self.random(found)
 
-    def _wrong_plates(
-        self, eliminated: list[str], children: list[str]
-    ) -> dict[str, str]:
+    def _crossing(self, eliminated: list[str], children: list[str]) -> dict[str, str]:
         """Sites that act across the border of a plate that children are in."""
         found: dict[str, str] = {}
         names = {*eliminated, *children}
@@ -310,7 +308,7 @@ class Structure:
                         found[name] = (
                             f"it is {where} of plate {plate.name!r}, {child!r} is not"
                         )
-        return self.random(found)
+        return found
 
     def _common(self, names: Iterable[str]) -> tuple[str, ...]:
         names = list(names)
@@ -370,7 +368,7 @@ class Structure:
         for members in nx.connected_components(graph):
             children = self._ordered(n for n in members if n in stays)
             eliminated = self._ordered(n for n in members if n in fits)
-            if len(eliminated) < 2 or self._wrong_plates(eliminated, children):
+            if len(eliminated) < 2 or self._crossing(eliminated, children):
                 continue
             component, _ = self._affine_component(eliminated, children)
             if component is not None:

@@ -118,6 +118,8 @@ def contracted(factors: Sequence[Factor], axes: Sequence[str], depth: int) -> Te
     batch = [dim for dim in range(-lead, 0) if sizes[dim] > 1]
     out = [numbers[dim] for dim in batch] + [numbers[name] for name in axes]
     joint = opt_einsum.contract(*arguments, out, optimize="auto", backend=_LOGARITHMS)
+    # What is impossible stays finite: laws after it are laws all the same
+    joint = joint.clamp(min=NEVER)
     return joint.reshape((*sizes, *joint.shape[len(batch) :]))
 
 

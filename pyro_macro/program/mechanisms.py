@@ -37,6 +37,7 @@ from pyro_macro.program.side_by_side import side_by_side
 from pyro_macro.program.tape import (
     ARGUMENT,
     INDICES,
+    INPUT,
     PARAM,
     Expression,
     Leaf,
@@ -91,19 +92,25 @@ class Mechanisms:
     :ivar of: the mechanisms by name of the site, in program order; factors among them.
     :ivar factors: the names of factors.
     :ivar params: statements of parameters by name: what they were asked with.
+    :ivar trained: what the parameter store had for them: what modules hold themselves
+        is put there by these, and not by the statements.
     :ivar subsampled: plates that draw indices, by name: size and number drawn.
     :ivar values: the value of each leaf in the run.
     :ivar output: what the model returned, ``None`` if it holds no tensors, and its
         leaves as an expression.
+    :ivar by_value: whether it is another program for arguments of other values: it
+        turns them into Python numbers, or branches on them.
     :ivar trouble: why the whole cannot be evaluated apart, if it cannot.
     """
 
     of: dict[str, Mechanism]
     factors: frozenset[str]
     params: dict[str, Message]
+    trained: dict[str, tuple[Any, Any]]
     subsampled: dict[str, tuple[int, int, int | None]]
     values: dict[Leaf, Tensor]
     output: tuple[Any, Expression] | None
+    by_value: bool
     trouble: str | None
 
     def graph(self) -> nx.DiGraph:
@@ -127,6 +134,8 @@ class _Noted:
 
 
 class _MechanismRun(InnerRun):
+    takes_apart = True
+
     def __init__(self, seed: int, noting: bool) -> None:
         super().__init__()
         self.tracker: Tape = Tape(noting)
@@ -137,6 +146,8 @@ class _MechanismRun(InnerRun):
         self.statements: dict[str, Message] = {}
         self.subsampled: dict[str, tuple[int, int, int | None]] = {}
         self.escaped_before: dict[str, bool] = {}
+        self.trained: dict[str, tuple[Any, Any]] = {}
+        self.held: set[str] = set()
         self.output: Any = None
 
     def go(self, model: Callable[..., Any], args: tuple, kwargs: dict) -> None:
@@ -160,14 +171,15 @@ class _MechanismRun(InnerRun):
         tensors = [] if made is None else list(made.tensors)
         rest: list[Tensor] = []
         value = given
-        if given is None:
+        if not site.deterministic and (given is None or isinstance(given, Tensor)):
+            # Data may have dimensions of plates outside, which are none of the program
             with torch.no_grad():
                 value = site.fn.sample()
-        elif not isinstance(given, Tensor):
-            pass
-        elif site.deterministic:
+        if site.deterministic and isinstance(given, Tensor):
             tensors = [given]
-        else:
+        elif given is not None and not site.observed:
+            self.held.add(site.name)
+        elif isinstance(given, Tensor):
             rest = [given]
         self._note(msg, site.name, tensors, rest, made)
         return value
@@ -192,7 +204,7 @@ class _MechanismRun(InnerRun):
             infer,
             is_known(msg),
         )
-        self.escaped_before[name] = bool(self.tracker.escaped)
+        self.escaped_before[name] = bool(self.tracker.escaped - {INPUT})
 
     def _pyro_sample(self, msg: Message) -> None:
         name = str(msg["name"])
@@ -214,6 +226,9 @@ class _MechanismRun(InnerRun):
         leaf: Leaf
         if msg["type"] == "param":
             leaf = (PARAM, name)
+            store = pyro.get_param_store()
+            if name in store:
+                self.trained[name] = store._params[name], store._constraints[name]
         elif msg["type"] == "sample" and site_is_subsample(msg):
             fn: Any = msg["fn"]
             if fn.subsample_size is None or fn.subsample_size >= fn.size:
@@ -305,6 +320,8 @@ def read_mechanisms(
         trouble = expression.trouble or rest.trouble
         if noted.parts is None and not site.deterministic:
             trouble = f"a {type(unwrapped(site.fn)).__name__}, of unknown parts"
+        elif name in first.held:
+            trouble = "a handler inside holds it at a value, as poutine.replay does"
         elif not isinstance(site.value, Tensor):
             trouble = f"its value is no tensor, but {type(site.value).__name__}"
         elif first.escaped_before[name]:
@@ -334,9 +351,11 @@ def read_mechanisms(
         of,
         frozenset(first.factors),
         first.statements,
+        first.trained,
         first.subsampled,
         first.values,
         output,
+        INPUT in first.tracker.escaped,
         trouble,
     )
 

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_macro.program.tracking import ESCAPES, Tracker, has_kinks
+from pyro_macro.program.tracking import ESCAPES, MARK, Tracker, has_kinks
 
 Leaf = tuple[str, Hashable]  # a kind, and which of it
 SITE, PARAM, ARGUMENT, INDICES, CAPTURED = (
@@ -37,6 +37,7 @@ SITE, PARAM, ARGUMENT, INDICES, CAPTURED = (
     "indices",
     "captured",
 )
+CHANCE, INPUT = MARK + "chance", MARK + "input"  # sources that are no sites
 _serial = itertools.count()
 # Operations whose numbers may differ between sites that are otherwise alike
 _OPERATORS = """
@@ -135,7 +136,8 @@ class Tape(Tracker):
         if not isinstance(value, Tensor):
             return value
         alias = value.view_as(value)
-        setattr(alias, self._key, frozenset())
+        source = INPUT if leaf[0] == ARGUMENT else MARK + leaf[0]
+        setattr(alias, self._key, frozenset({source}))
         setattr(alias, self._node, Node(leaf=leaf))
         return alias
 
@@ -168,6 +170,7 @@ class Tape(Tracker):
         name = getattr(func, "__name__", "")
         if name.strip("_") in _RANDOM:
             result = super().__torch_function__(func, types, args, kwargs)
+            self._note(result, frozenset({CHANCE}))
             drawn = f"random numbers that are no sample site ({name})"
             self._note_node(result, Node(trouble=drawn))
             return result
@@ -182,7 +185,18 @@ class Tape(Tracker):
                 first = template[0][0].detach().clone()
                 template = ((first, *template[0][1:]), template[1])
         result = super().__torch_function__(func, types, args, kwargs)
+        if name == "__iter__":
+            result = list(result)
+            self._note(result, self.sources(args))
+            self._note_node(result, Node(torch.unbind, *template))
+            return iter(result)
         if not noted or name in ESCAPES:
+            return result
+        if name == "broadcast_tensors":
+            for part, tensor in zip(result, _tensors(args), strict=True):
+                if part is not tensor and self._is_noted(tensor):
+                    given = (self.node(tensor), part.shape)
+                    setattr(part, self._node, Node(torch.broadcast_to, given))
             return result
         kinked = has_kinks(name, result)
         if in_place:

@@ -114,6 +114,12 @@ class Tracker(TorchFunctionMode):
                 return result
             if name in _WHOLE and _is_on_all(args, kwargs):
                 self.whole |= site_names(sources)
+            if name == "broadcast_tensors":
+                # What a tensor is broadcast with does not change what it is; and where
+                # nothing is to be done, it is the very same object
+                for part, tensor in zip(result, tensors_in(args), strict=True):
+                    self._note(part, self._collect((tensor,)))
+                return result
             self._note(result, sources)
             in_place = name == "__setitem__" or (
                 name.endswith("_") and not name.endswith("__")
