@@ -16,6 +16,7 @@ from pyro_macro.aggregation import (
 )
 from pyro_macro.backdoor import is_macro_backdoor, macro_backdoor_sets
 from pyro_macro.consolidation.fused import Fused, consolidate
+from pyro_macro.consolidation.verify import verify_consolidation
 from pyro_macro.drawing import render
 from pyro_macro.errors import (
     CyclicPartition,
@@ -132,4 +133,5 @@ __all__ = [
     "shift_confounding",
     "shift_from_atomics",
     "structural_coefficient",
+    "verify_consolidation",
 ]

@@ -139,6 +139,20 @@ class Fused:
         return tuple(self._first.stays)
 
     @property
+    def kept(self) -> tuple[str, ...]:
+        """Those of them that were asked for, or are observed."""
+        gone = self._first.structure.retained if self._first.structure else {}
+        factors = self._first.mechanisms.factors
+        asked = [n for n in self.sites if n not in gone and n not in factors]
+        if self._first.structure is None:
+            asked = [n for n in asked if n in self._request.keep]
+        return tuple(asked)
+
+    def typical(self, name: str) -> Tensor:
+        """A value that a site may well have: that of the run which read it."""
+        return self._first.of[name].site.value.detach()
+
+    @property
     def allowed(self) -> Allowed:
         """The interventions it was prepared for."""
         return self._first.allowed
