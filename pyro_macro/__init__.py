@@ -16,6 +16,7 @@ from pyro_macro.aggregation import (
 )
 from pyro_macro.backdoor import is_macro_backdoor, macro_backdoor_sets
 from pyro_macro.consolidation.fused import Fused, consolidate
+from pyro_macro.consolidation.prepared import Approximation
 from pyro_macro.consolidation.verify import verify_consolidation
 from pyro_macro.drawing import render
 from pyro_macro.errors import (
@@ -76,6 +77,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Aggregation",
     "Allocate",
+    "Approximation",
     "Chains",
     "Coarsen",
     "Count",

@@ -10,14 +10,31 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_macro.program.inner import preserved_params, preserved_random_state
+from pyro_macro.program.inner import (
+    is_deterministic,
+    preserved_params,
+    preserved_random_state,
+)
 from pyro_macro.program.substitution import detached
 
 Model = tuple[Callable[..., Any], tuple, dict[str, Any]]
 MANY = 2000  # runs one by one that take a progress bar
+
+
+class Unobserved(Messenger):
+    """Draws what is observed; deterministic sites stay what they are."""
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if not msg["is_observed"] or is_deterministic(msg) or site_is_factor(msg):
+            return
+        msg["is_observed"] = msg["done"] = False
+        msg["value"] = None
 
 
 def drawn(
@@ -49,7 +66,7 @@ def _run(
     model: Model, names: Sequence[str], settings: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     fn, args, kwargs = model
-    done = pyro.poutine.do(pyro.poutine.uncondition(fn), dict(settings))
+    done = pyro.poutine.do(Unobserved()(fn), dict(settings))
     nodes: Any = pyro.poutine.trace(done).get_trace(*args, **kwargs).nodes
     return {n: nodes[n]["value"] for n in names}
 

@@ -26,7 +26,9 @@ from pyro_macro.consolidation.elimination import Eliminating
 from pyro_macro.consolidation.equations import Equations
 from pyro_macro.consolidation.graph import fused_graph
 from pyro_macro.consolidation.known import NATURAL, Known
-from pyro_macro.consolidation.prepared import Prepared, Request
+from pyro_macro.consolidation.prepared import Approximation, Prepared, Request
+from pyro_macro.consolidation.relaxed import relax
+from pyro_macro.consolidation.structure import Structure
 from pyro_macro.errors import PyroMacroError, UnknownSite
 from pyro_macro.program.mechanisms import arguments, put_back
 from pyro_macro.program.tape import ARGUMENT, INDICES, PARAM, SITE, Leaf
@@ -40,6 +42,7 @@ def consolidate(
     allow: Allow = (),
     partition: Sequence[Collection[str]] | None = None,
     *,
+    approximate: float | Approximation | None = None,
     model_args: tuple = (),
     model_kwargs: dict[str, Any] | None = None,
 ) -> Fused:
@@ -69,10 +72,16 @@ def consolidate(
         is not kept is marginalized.
     :param partition: clusters of sites (Definitions 3 and 4), each fused by itself:
         what another cluster needs stays. By default all can be fused with all.
+    :param approximate: whether what cannot be fused is to be learned from draws, and
+        how well: the largest Kolmogorov-Smirnov distance that is accepted, or an
+        :class:`~pyro_macro.consolidation.relaxed.Approximation`. Sites that would have
+        to stay then disappear, those they act on have learned laws, and
+        :attr:`Fused.method` says what distance was achieved on fresh draws.
     :param model_args: positional arguments to read the model with.
     :param model_kwargs: keyword arguments.
     :raises UnknownSite: for names that the model does not have.
     :raises CyclicPartition: if clusters need one another.
+    :raises Infeasible: if an approximation is worse than was asked for.
 
     >>> def tool():
     ...     s = pyro.deterministic("s0", torch.tensor(1.0))
@@ -92,7 +101,9 @@ def consolidate(
         model = model.unfused
     if not callable(model):
         raise PyroMacroError(f"consolidate: {model!r} is not callable: no model.")
-    request = Request(keep, allow, parts)
+    if approximate is not None and not isinstance(approximate, Approximation):
+        approximate = Approximation(float(approximate))
+    request = Request(keep, allow, parts, approximate)
     kind = _FusedModule if isinstance(model, torch.nn.Module) else Fused
     return kind(model, request, tuple(model_args), dict(model_kwargs or {}))
 
@@ -119,7 +130,7 @@ class Fused:
         self._request = request
         self._model = (model_args, model_kwargs)
         self._prepared: dict[Any, Prepared] = {}
-        self._first = first = Prepared(model, request, model_args, model_kwargs)
+        self._first = first = self._made(model_args, model_kwargs)
         self._has_plates = any(
             frame.vectorized for m in first.of.values() for frame in m.site.frames
         )
@@ -142,6 +153,8 @@ class Fused:
     def kept(self) -> tuple[str, ...]:
         """Those of them that were asked for, or are observed."""
         gone = self._first.structure.retained if self._first.structure else {}
+        if self._first.relaxed is not None:
+            return self.sites
         factors = self._first.mechanisms.factors
         asked = [n for n in self.sites if n not in gone and n not in factors]
         if self._first.structure is None:
@@ -210,16 +223,21 @@ class Fused:
         :param latex: LaTeX instead of plain text.
         """
         first = self._first
-        if first.structure is None:
-            return [f"{name}: as in the program ({first.trouble})" for name in first.of]
-        return Equations(
-            first.structure,
-            first.eliminations,
-            first.rules,
-            first.allowed,
-            first.names,
-            latex,
-        ).lines()
+        lines: dict[str, str] = {}
+        if first.structure is not None:
+            made = (first.eliminations, first.rules, first.allowed, first.names, latex)
+            writer = Equations(first.structure, *made)
+            lines = dict(zip(first.structure.stays, writer.lines(), strict=True))
+        if first.relaxed is not None:
+            for name, inputs in first.relaxed.inputs.items():
+                given = ", ".join(
+                    [*inputs, *(f"do({n})" for n in first.relaxed.allowed)]
+                )
+                lines[name] = f"{name} ~ learned({given})"
+        return [
+            lines.get(name, f"{name}: as in the program ({first.trouble})")
+            for name in first.stays
+        ]
 
     def plot(self, ax: Any = None) -> Any:
         """The program before and after, side by side, as in Figure 1 of the paper.
@@ -242,14 +260,20 @@ class Fused:
         taken = _taken_dims() if self._has_plates else ()
         return shapes, _frozen((args, kwargs)), taken
 
+    def _made(self, args: tuple, kwargs: dict[str, Any]) -> Prepared:
+        prepared = Prepared(self.unfused, self._request, args, kwargs)
+        how = self._request.approximate
+        if how is not None and prepared.has_rest():
+            prepared.relaxed = relax(prepared, (self.unfused, args, kwargs), how)
+        return prepared
+
     def _prepare(self, args: tuple, kwargs: dict[str, Any]) -> Prepared:
         key = self._key(args, kwargs)
         found = self._prepared.get(key)
         if found is None or not found.is_for(args, kwargs):
             if len(self._prepared) >= PREPARED:
                 self._prepared.clear()
-            found = Prepared(self.unfused, self._request, args, kwargs)
-            self._prepared[key] = found
+            found = self._prepared[key] = self._made(args, kwargs)
         return found
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -266,9 +290,9 @@ class Fused:
                 made.values,
                 prepared.stays if prepared.structure else self._request.keep,
             )
-        if prepared.structure is None:
+        if prepared.structure is None and prepared.relaxed is None:
             return self.unfused(*args, **kwargs)
-        for name in made.conditioned.difference(prepared.structure.stays):
+        for name in made.conditioned.difference(prepared.stays):
             raise PyroMacroError(
                 f"site {name!r} is conditioned on, but was fused away. Keep it: "
                 f"keep=[..., {name!r}]."
@@ -319,9 +343,10 @@ class _Run:
     def __init__(
         self, prepared: Prepared, made: Made, args: tuple, kwargs: dict[str, Any]
     ) -> None:
-        assert prepared.structure is not None
-        self.prepared, self.structure = prepared, prepared.structure
-        self.of = prepared.of
+        self.prepared, self.of = prepared, prepared.of
+        self.structure = prepared.structure or Structure(
+            prepared.mechanisms, prepared.of, {}
+        )
         inputs: dict[Leaf, Tensor] = dict(arguments(args, kwargs))
         self.known = Known(self.structure, inputs)
         self.made = made.values
@@ -331,7 +356,7 @@ class _Run:
 
     def go(self) -> Any:
         self._ask_inputs()
-        stays = self.structure.stays
+        stays = self.prepared.stays
         for name, value in self.made.items():
             if name not in stays:
                 self._set(name, value)
@@ -372,7 +397,12 @@ class _Run:
         mechanism = self.of[name]
         site = mechanism.site
         run = self._run_of(name)
-        law: Any = self._own(name) if run is None else run.law(name)
+        relaxed = self.prepared.relaxed
+        law: Any
+        if relaxed is not None and name in relaxed.laws:
+            law = relaxed.law(name, self.known, self.interventions)
+        else:
+            law = self._own(name) if run is None else run.law(name)
         observed, mask, scale = self._rest(name)
         if isinstance(law, Tensor):
             observed = law
@@ -400,7 +430,8 @@ class _Run:
 
     def _run_of(self, name: str) -> Eliminating | None:
         elimination = self.prepared.eliminations.get(name)
-        if elimination is None:
+        relaxed = self.prepared.relaxed
+        if elimination is None or (relaxed is not None and name in relaxed.laws):
             return None
         key = id(elimination)
         if key not in self.runs:

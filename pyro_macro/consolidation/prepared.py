@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import networkx as nx
 import torch
@@ -27,6 +27,30 @@ from pyro_macro.consolidation.tables import Factor
 from pyro_macro.errors import UnknownSite, UnsupportedLaw
 from pyro_macro.program.mechanisms import Mechanism, arguments, read_mechanisms
 
+if TYPE_CHECKING:
+    from pyro_macro.consolidation.relaxed import Relaxed
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """How to approximate what cannot be fused.
+
+    :param epsilon: the largest distance of Kolmogorov and Smirnov that is accepted,
+        between 0 and 1.
+    :param draws: of the original model, to fit and as many to check.
+    :param steps: of the optimizer.
+    :param components: of the mixtures.
+    :param width: of the two hidden layers.
+    :param seed: of everything.
+    """
+
+    epsilon: float
+    draws: int = 20_000
+    steps: int = 2_000
+    components: int = 8
+    width: int = 64
+    seed: int = 0
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -35,6 +59,7 @@ class Request:
     keep: tuple[str, ...]
     allow: Allow
     partition: tuple[frozenset[str], ...] | None
+    approximate: Approximation | None = None
 
 
 class _Stay(Exception):
@@ -56,6 +81,7 @@ class Prepared:
     :ivar trouble: why not.
     :ivar eliminations: what eliminates the parents of a site, by its name.
     :ivar rules: simplified formulas of deterministic sites.
+    :ivar wanted: sites that are kept on purpose, and observed ones.
     :ivar names: what the arguments of the model are called, by how leaves are.
     """
 
@@ -71,18 +97,22 @@ class Prepared:
         self.names = _argument_names(model)
         kept = {*request.keep, *self.mechanisms.factors}
         kept |= {name for name, m in self.of.items() if m.site.observed}
+        self.model, self.arguments, self.wanted = model, (args, kwargs), frozenset(kept)
         why: dict[str, str] = {}
         graph = self.mechanisms.graph()
         needed = kept.union(*(nx.ancestors(graph, name) for name in kept))
         self.clusters: tuple[Cluster, ...] | None = None
+        self.border: frozenset[str] = frozenset()
         if request.partition is not None:
             self.clusters = clusters(graph, request.partition)
             border = boundary(graph.subgraph(needed), self.clusters)
+            self.border = frozenset(border)
             why = {n: "another cluster needs it" for n in border if n not in kept}
         self.structure: Structure | None = None
         self.eliminations: dict[str, Elimination[Any]] = {}
         self.unfused: list[Component] = []
         self.rules: dict[str, Rule] = {}
+        self.relaxed: Relaxed | None = None
         self.trouble = self.mechanisms.trouble or self._trouble(needed)
         if self.trouble is None:
             self._take_apart(kept, why)
@@ -125,6 +155,12 @@ class Prepared:
             for name in component.children:
                 self.eliminations[name] = made
 
+    def has_rest(self) -> bool:
+        """Whether there is something that could not be fused."""
+        return self.structure is None or bool(
+            set(self.structure.retained) - self.wanted - self.border
+        )
+
     def is_for(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether the program is the same for the values of other arguments."""
         if not self.mechanisms.by_value:
@@ -136,7 +172,10 @@ class Prepared:
     @property
     def stays(self) -> list[str]:
         """The sites that are left, in program order."""
-        return list(self.of) if self.structure is None else self.structure.stays
+        stays = list(self.of) if self.structure is None else self.structure.stays
+        if self.relaxed is None:
+            return stays
+        return [n for n in stays if n not in self.relaxed.gone]
 
     def cost(self) -> CostReport:
         """Before and after, in the declared measure."""
@@ -176,9 +215,14 @@ class Prepared:
 
     def method(self) -> dict[str, str]:
         """How each cluster was dealt with, by its sites."""
-        if self.structure is None:
-            return {", ".join(self.of): f"unfused: {self.trouble}"}
         found: dict[str, str] = {}
+        if self.relaxed is not None:
+            achieved = (
+                f"learned: Kolmogorov-Smirnov distance {self.relaxed.epsilon:.3g}"
+            )
+            found[_listed(list(self.relaxed.laws))] = achieved
+        if self.structure is None:
+            return found or {", ".join(self.of): f"unfused: {self.trouble}"}
 
         def note(names: Iterable[str], what: str) -> None:
             found[_listed(list(names))] = what
@@ -195,7 +239,10 @@ class Prepared:
         rest = self._evaluated() - gone
         if rest:
             note(sorted(rest), "computed on the way")
+        gone_too = frozenset() if self.relaxed is None else self.relaxed.gone
         for name, why in self.structure.retained.items():
+            if name in gone_too:
+                continue
             note([name], f"stays: {why}")
         if self.structure.dropped:
             note(self.structure.dropped, "dropped: nothing that stays depends on it")

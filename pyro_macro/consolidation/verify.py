@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pyro_macro.consolidation.draws import Model, drawn
+from pyro_macro.consolidation.draws import Model, Unobserved, drawn
 from pyro_macro.consolidation.fused import Fused
 from pyro_macro.errors import PyroMacroError
 from pyro_macro.laws.finite.configurations import finite_values
@@ -189,8 +189,7 @@ def _checked(
 
 def _intervened(program: Model, settings: Mapping[str, Tensor]) -> Model:
     model, args, kwargs = program
-    drawn_too = pyro.poutine.uncondition(model)  # what is observed
-    return pyro.poutine.do(drawn_too, dict(settings)), args, kwargs
+    return pyro.poutine.do(Unobserved()(model), dict(settings)), args, kwargs
 
 
 def _moments(
