@@ -117,7 +117,10 @@ class AffineGroup:
         :returns: a matrix for each linear leaf, the offset, and the covariance of the
             noise: ``(W, G) + plates`` and then what :class:`AffineSite` has.
         """
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            values = {
+                x: v.clone() if v.is_inference() else v for x, v in values.items()
+            }
             start = self.start(size)
             outputs = self.at(values, worlds, start)
             lead = 1 if size is None else 2

@@ -15,6 +15,7 @@ from pyro.contrib.autoname.scoping import NameCountMessenger, ScopeMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.condition_messenger import ConditionMessenger
 from pyro.poutine.do_messenger import DoMessenger
+from pyro.poutine.equalize_messenger import EqualizeMessenger
 from pyro.poutine.messenger import Messenger, block_messengers
 from pyro.poutine.runtime import Message
 from torch import Tensor
@@ -177,6 +178,11 @@ def being_made(names: Collection[str]) -> Made:
             prefix = f"{messenger.prefix}/{prefix}"
         elif isinstance(messenger, NameCountMessenger):
             counted = True
+        elif isinstance(messenger, EqualizeMessenger):
+            raise PyroMacroError(
+                "consolidate: poutine.equalize around a consolidated model sets sites "
+                "behind its back. Apply it to the model before it is consolidated."
+            )
         elif isinstance(messenger, BlockMessenger):
             hidden.append(messenger)
         elif isinstance(messenger, (DoMessenger, ConditionMessenger)):

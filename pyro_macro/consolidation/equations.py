@@ -133,7 +133,27 @@ class Equations:
         except NotSymbolic:
             parents = ", ".join(map(self._name, self.structure.of[name].parents))
             shown = f"f({parents})"
-        return f"{left} {shown}{self._unless(name)}"
+        return f"{left} {self._under(name, shown)}{self._unless(name)}"
+
+    def _under(self, name: str, shown: str) -> str:
+        """With what becomes of it under interventions on what it is computed from."""
+        import networkx as nx
+
+        computed = self.structure.computed
+        above = nx.ancestors(self.structure.graph, name) & computed
+        parts = []
+        for site in self._ordered(above & self.allowed.sites)[:SHOWN]:
+            try:
+                (value,), _ = self._through(name, computed - {site})
+                instead = self._value(value)
+            except NotSymbolic:
+                instead = f"f({self._name(site)}, ...)"
+            if instead != shown:
+                parts.append(f"{instead} {self._words('under')} {self._do(site)}")
+        return "; ".join([*parts, f"{self._words('else')} {shown}" if parts else shown])
+
+    def _ordered(self, names: Collection[str]) -> list[str]:
+        return sorted(names, key=self.structure.order.__getitem__)
 
     def _unless(self, name: str) -> str:
         """Explicit interventions on the site itself, as in ``G := F unless ...``."""
@@ -279,7 +299,12 @@ class Equations:
         ]
         on += [c for c in plan.stages if self._before(c, name)]
         given = ", ".join(map(self._name, dict.fromkeys(on)))
-        kind = "mixture" if isinstance(elimination, FiniteElimination) else "N"
+        kind = "N"
+        if isinstance(elimination, FiniteElimination):
+            site = self.structure.sites[name]
+            mixed = name in elimination.general
+            named = type(unwrapped(site.fn)).__name__
+            kind = "mixture" if mixed else "table" if site.deterministic else named
         return f"{kind}(...)" + (f" {self._words('given')} {given}" if given else "")
 
     def _before(self, one: str, other: str) -> bool:

@@ -96,7 +96,7 @@ class FiniteElimination(Elimination[FiniteGroup]):
                 return
             ordered = sorted(outside, key=lambda a: self.structure.order[plain(a)])
             joint = contracted(factors, (*ordered, key), self.frame.depth)
-            laws[child] = Factor((*ordered, key), joint.log_softmax(-1))
+            laws[child] = _simplest(Factor((*ordered, key), joint))
             if child not in plan.unseen:
                 known.add(key)
         plan.laws.update(laws)
@@ -245,6 +245,23 @@ class FiniteElimination(Elimination[FiniteGroup]):
             missing = self.frame.depth + event - len(rest)
             tensors.append(tensor.reshape((*lead, *(1,) * missing, *rest)))
         return made.build(tensors)
+
+
+def _simplest(joint: Factor) -> Factor:
+    """The law of the last axis given the others, those left out that say nothing.
+
+    Rows that are impossible may say anything.
+    """
+    axes, table = list(joint.axes), joint.table
+    for axis in joint.axes[:-1]:
+        at = table.dim() - len(axes) + axes.index(axis)
+        possible = table.logsumexp(-1, keepdim=True) > NEVER / 2
+        without = table.logsumexp(at, keepdim=True)
+        near = (table.softmax(-1) - without.softmax(-1)).abs() <= 1e-12
+        if bool((near | ~possible).all()):
+            table = without.squeeze(at).clamp(min=NEVER)
+            axes.remove(axis)
+    return Factor(tuple(axes), table.log_softmax(-1))
 
 
 class FiniteRun(Eliminating):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from enum import Enum
+from types import FunctionType
 from typing import Any
 
 import networkx as nx
@@ -122,6 +124,7 @@ class Fused:
         request: Request,
         model_args: tuple,
         model_kwargs: dict[str, Any],
+        read: bool = True,
     ) -> None:
         super().__init__()
         self.unfused = model
@@ -130,15 +133,21 @@ class Fused:
         self._request = request
         self._model = (model_args, model_kwargs)
         self._prepared: dict[Any, Prepared] = {}
-        self._first = first = self._made(model_args, model_kwargs)
-        self._has_plates = any(
-            frame.vectorized for m in first.of.values() for frame in m.site.frames
-        )
-        self._prepared[self._key(model_args, model_kwargs)] = first
+        if read:
+            self._prepared[self._key(model_args, model_kwargs)] = self._first
+
+    @functools.cached_property
+    def _first(self) -> Prepared:
+        return self._made(*self._model)
+
+    @functools.cached_property
+    def _has_plates(self) -> bool:
+        sites = [m.site for m in self._first.of.values()]
+        return any(frame.vectorized for site in sites for frame in site.frames)
 
     def __reduce__(self) -> Any:
-        # Copies, too, read the model again: theirs
-        return type(self), (self.unfused, self._request, *self._model)
+        # Copies read the model, theirs, when they are first asked for something
+        return type(self), (self.unfused, self._request, *self._model, False)
 
     def __repr__(self) -> str:
         name = getattr(self.unfused, "__name__", type(self.unfused).__name__)
@@ -523,11 +532,17 @@ def _frozen(thing: Any) -> Any:
         return tuple(_frozen(part) for part in thing)
     if isinstance(thing, Mapping):
         return tuple((k, _frozen(v)) for k, v in thing.items())
-    try:
-        hash(thing)
-    except TypeError:
-        return id(thing)
-    return type(thing), thing
+    if isinstance(thing, _PLAIN) or thing is None:
+        return type(thing), thing
+    if type(thing).__module__ == "numpy" and hasattr(thing, "tobytes"):
+        return str(thing.dtype), thing.shape, thing.tobytes()
+    return object()  # it may change: equal to nothing, itself included later
+
+
+_PLAIN = (
+    *(int, float, complex, str, bytes, type, Enum, FunctionType),
+    *(torch.dtype, torch.device, torch.Size, torch.nn.Module),
+)
 
 
 def _taken_dims() -> tuple[bool, ...]:

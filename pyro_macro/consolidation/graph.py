@@ -24,12 +24,11 @@ def fused_graph(prepared: Prepared) -> nx.DiGraph:
     for name in original:
         if name in stays or name in allowed:
             graph.add_node(name, **_look(prepared, name, name in allowed))
-    targets = {*stays, *allowed}
+    targets = set(stays)
     hidden = [n for n in gone if n not in allowed]
     for name in graph:
         for child in _reached(original, name, targets):
-            if child not in allowed:
-                graph.add_edge(name, child, kind="causal")
+            graph.add_edge(name, child, kind="causal")
     for rule_name, rule in prepared.rules.items():
         sources = {str(which) for kind, which in rule.leaves.values() if kind == "site"}
         for parent in list(graph.predecessors(rule_name)):

@@ -14,13 +14,14 @@ from pyro_macro.consolidation.prepared import Prepared
 from pyro_macro.drawing import render
 
 LARGEST = 24  # nodes that are drawn one by one
+SEPARATE = 6  # allowed interventions that are
 
 
 def draw(prepared: Prepared, ax: Any = None) -> Any:
     """Both graphs, one above the other."""
     import matplotlib.pyplot as plt
 
-    before, after = original_graph(prepared), fused_graph(prepared)
+    before, after = original_graph(prepared), _gathered(fused_graph(prepared))
     if ax is None:
         width = min(16.0, 1.6 + 1.3 * nx.dag_longest_path_length(before))
         _, ax = plt.subplots(2, 1, figsize=(max(width, 5.0), 6.0))
@@ -52,7 +53,9 @@ def original_graph(prepared: Prepared) -> nx.DiGraph:
     graph.add_edges_from(prepared.mechanisms.graph().edges, kind="causal")
     if len(graph) <= LARGEST:
         return graph
-    stays = {*prepared.stays, *prepared.allowed.sites}
+    stays = set(prepared.stays)
+    if len(prepared.allowed.sites) <= SEPARATE:
+        stays |= prepared.allowed.sites
 
     def is_link(name: str) -> bool:
         return (
@@ -72,8 +75,27 @@ def original_graph(prepared: Prepared) -> nx.DiGraph:
         first = next(iter(graph.predecessors(row[0])))
         last = next(iter(graph.successors(row[-1])))
         label = f"{row[0]} ... {row[-1]}"
+        look: dict[str, Any] = {"kind": "latent"}
+        if set(row) <= prepared.allowed.sites:
+            look = {"kind": "micro", "intervened": True}
         graph.remove_nodes_from(row)
-        graph.add_node(label, kind="latent", plates=())
+        graph.add_node(label, **look, plates=())
         graph.add_edge(first, label, kind="causal")
         graph.add_edge(label, last, kind="causal")
+    return graph
+
+
+def _gathered(graph: nx.DiGraph) -> nx.DiGraph:
+    """Many allowed interventions that act on the same sites as one node."""
+    alike: dict[frozenset[str], list[str]] = {}
+    for name, data in graph.nodes.items():
+        if data.get("intervened"):
+            alike.setdefault(frozenset(graph.successors(name)), []).append(name)
+    for children, names in alike.items():
+        if len(names) <= SEPARATE:
+            continue
+        label = f"{names[0]} ... {names[-1]}"
+        graph.add_node(label, **graph.nodes[names[0]])
+        graph.add_edges_from(((label, child) for child in children), kind="causal")
+        graph.remove_nodes_from(names)
     return graph

@@ -271,9 +271,18 @@ def _fused_cost(elimination: Elimination[Any]) -> Cost:
     total = Cost()
     plan = elimination.plan(frozenset())
     of, sites = elimination.structure.of, elimination.structure.sites
+    # Deterministic children that become random share the randomness of their parents
+    shared = sum(
+        sites[n].shape.numel()
+        for n in elimination.component.eliminated
+        if not sites[n].deterministic
+    )
     for name in elimination.component.children:
         site = sites[name]
         draws = 0 if site.observed else site.shape.numel()
+        if site.deterministic:
+            draws = min(draws, shared)
+            shared -= draws
         law = plan.laws.get(name)
         if isinstance(law, GaussianLaw):
             terms = law.mean.terms.values()

@@ -75,6 +75,11 @@ _DRAWS = """
     dropout3d rrelu gumbel_softmax standard_gamma sample_dirichlet standard_normal
 """
 _RANDOM = frozenset(_DRAWS.split())
+# What does not depend on the values of the tensors it is given
+_MADE = """
+    zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty
+"""
+_SHAPED = frozenset(_MADE.split())
 
 
 class Node:
@@ -190,7 +195,7 @@ class Tape(Tracker):
             self._note(result, self.sources(args))
             self._note_node(result, Node(torch.unbind, *template))
             return iter(result)
-        if not noted or name in ESCAPES:
+        if not noted or name in ESCAPES or name in _SHAPED:
             return result
         if name == "broadcast_tensors":
             for part, tensor in zip(result, _tensors(args), strict=True):
