@@ -178,7 +178,7 @@ def being_made(names: Collection[str]) -> Made:
             prefix = f"{messenger.prefix}/{prefix}"
         elif isinstance(messenger, NameCountMessenger):
             counted = True
-        elif isinstance(messenger, EqualizeMessenger):
+        elif isinstance(messenger, EqualizeMessenger) and not messenger.keep_dist:
             raise PyroMacroError(
                 "consolidate: poutine.equalize around a consolidated model sets sites "
                 "behind its back. Apply it to the model before it is consolidated."

@@ -22,13 +22,20 @@ from pyro_macro.consolidation.gaussian import GaussianLaw
 from pyro_macro.consolidation.known import plain
 from pyro_macro.consolidation.rules import Formulas, Rule
 from pyro_macro.consolidation.structure import Structure
-from pyro_macro.consolidation.symbolic import NotSymbolic, as_expr, simplified, text
+from pyro_macro.consolidation.symbolic import (
+    NotSymbolic,
+    as_expr,
+    simplified,
+    size,
+    text,
+)
 from pyro_macro.consolidation.tables import Factor
 from pyro_macro.program.inner import unwrapped
 from pyro_macro.program.tape import SITE
 
 SHOWN = 6  # interventions one by one, at most
 CELLS = 8  # rows of a table, at most
+LONG = 60  # operations of a formula, at most
 
 
 class Equations:
@@ -75,7 +82,7 @@ class Equations:
         return rf"\mathrm{{do}}({what})" if self.latex else f"do({what})"
 
     def _words(self, text: str) -> str:
-        return rf"\text{{{text}}}" if self.latex else text
+        return rf"\text{{ {text} }}" if self.latex else text
 
     def _show(self, expr: Any) -> str:
         if self.latex:
@@ -86,6 +93,8 @@ class Equations:
         return text(expr)
 
     def _value(self, value: Any) -> str:
+        if size(value) > LONG:
+            raise NotSymbolic("too long to be read")
         return self._show(as_expr(value))
 
     # Sites that nothing was fused into

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from enum import Enum
-from types import FunctionType
 from typing import Any
 
 import networkx as nx
@@ -267,10 +266,11 @@ class Fused:
         )
         # Plates inside take the dimensions that those outside leave
         taken = _taken_dims() if self._has_plates else ()
-        return shapes, _frozen((args, kwargs)), taken
+        return shapes, _frozen((args, kwargs)), _frozen(self.unfused), taken
 
     def _made(self, args: tuple, kwargs: dict[str, Any]) -> Prepared:
-        prepared = Prepared(self.unfused, self._request, args, kwargs)
+        with torch.inference_mode(False):
+            prepared = Prepared(self.unfused, self._request, args, kwargs)
         how = self._request.approximate
         if how is not None and prepared.has_rest():
             prepared.relaxed = relax(prepared, (self.unfused, args, kwargs), how)
@@ -532,16 +532,24 @@ def _frozen(thing: Any) -> Any:
         return tuple(_frozen(part) for part in thing)
     if isinstance(thing, Mapping):
         return tuple((k, _frozen(v)) for k, v in thing.items())
+    if isinstance(thing, torch.nn.Module):
+        # What training changes besides parameters
+        training = tuple(part.training for part in thing.modules())
+        buffers = tuple((id(b), b._version) for b in thing.buffers())
+        kinds = tuple((p.dtype, str(p.device)) for p in thing.parameters())
+        return id(thing), training, buffers, kinds
     if isinstance(thing, _PLAIN) or thing is None:
         return type(thing), thing
+    if callable(thing) and not hasattr(thing, "__array__"):
+        return id(thing)
     if type(thing).__module__ == "numpy" and hasattr(thing, "tobytes"):
         return str(thing.dtype), thing.shape, thing.tobytes()
     return object()  # it may change: equal to nothing, itself included later
 
 
 _PLAIN = (
-    *(int, float, complex, str, bytes, type, Enum, FunctionType),
-    *(torch.dtype, torch.device, torch.Size, torch.nn.Module),
+    *(int, float, complex, str, bytes, type, Enum),
+    *(torch.dtype, torch.device, torch.Size),
 )
 
 

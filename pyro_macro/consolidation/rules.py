@@ -132,7 +132,6 @@ def rules(
             candidates.append((simplified(value), passed))
         except NotSymbolic:
             continue
-        before = size(value)
         try:
             through = structure.computed | set(stays)
             value, passed = formulas.own(name, through)
@@ -146,7 +145,9 @@ def rules(
         except NotSymbolic:
             pass
         best, passed = min(candidates, key=lambda c: size(c[0]))
-        if not passed and size(best) >= before:
+        of = structure.of
+        before = sum(of[n].expression.arithmetic for n in (name, *passed))
+        if size(best) > before or (not passed and size(best) == before):
             continue
         free = {s.name for s in _symbols(best)}
         leaves = {n: leaf for n, leaf in formulas.leaves.items() if n in free}

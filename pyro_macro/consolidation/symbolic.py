@@ -18,6 +18,7 @@ from typing import Any
 
 import sympy
 import torch
+from sympy.core.relational import Relational
 from sympy.logic.boolalg import Boolean, BooleanFalse, BooleanTrue
 from sympy.printing.str import StrPrinter
 from torch import Tensor
@@ -89,10 +90,34 @@ def _merged(cases: Cases) -> Cases:
 def _formula(formula: Any) -> Any:
     formula = sympy.sympify(formula)
     formula = formula.replace(lambda f: isinstance(f, sympy.And), _congruences)
-    atoms = formula.atoms(sympy.Symbol) if formula.is_Symbol else _atoms(formula)
-    if 0 < len(atoms) <= ATOMS:
+    atoms = _atoms(formula)
+    if len(formula.free_symbols) == 1 and all(isinstance(a, Relational) for a in atoms):
+        formula = _on_the_line(formula)
+    elif len(atoms) <= ATOMS:
         formula = sympy.simplify_logic(formula)
-    return _factored(formula)
+    else:
+        formula = sympy.to_nnf(_factored_all(formula), simplify=False)
+    return _factored_all(formula)
+
+
+def _factored_all(formula: Any) -> Any:
+    return formula.replace(lambda f: isinstance(f, sympy.Or), _factored)
+
+
+def _on_the_line(formula: Any) -> Any:
+    """A formula about one number, by the set of numbers for which it is true."""
+    (number,) = formula.free_symbols
+    try:
+        found = formula.as_set().as_relational(number)
+    except (NotImplementedError, TypeError, ValueError, AttributeError):
+        return formula
+    finite = (sympy.oo, -sympy.oo)
+    if any(a.has(*finite) for a in _atoms(found)):
+        found = found.replace(
+            lambda r: isinstance(r, Relational) and r.has(*finite),
+            lambda r: sympy.true,
+        )
+    return found if sympy.count_ops(found) <= sympy.count_ops(formula) else formula
 
 
 def _atoms(formula: Any) -> set[Any]:
@@ -207,13 +232,29 @@ def _relation(fn: Callable[..., Any]) -> Callable[..., Value]:
             return same if fn is sympy.Eq else sympy.Xor(one, other)
         return sympy.Or(
             *(
-                sympy.And(c, d, fn(a, b))
+                sympy.And(c, d, _normal(fn(a, b)))
                 for c, a in _cases(one)
                 for d, b in _cases(other)
             )
         )
 
     return apply
+
+
+def _normal(relation: Any) -> Any:
+    """``0.5 * x < 8`` as ``x < 16``, so that equal comparisons are recognized."""
+    if not isinstance(relation, Relational) or len(relation.free_symbols) != 1:
+        return relation
+    (x,) = relation.free_symbols
+    gap = relation.lhs - relation.rhs
+    slope = gap.diff(x)
+    if not slope.is_number or slope == 0:
+        return relation
+    bound = -gap.subs(x, 0) / slope
+    if bound == int(bound):
+        bound = sympy.Integer(int(bound))
+    kind = relation.func
+    return kind(x, bound) if slope > 0 else kind(bound, x)
 
 
 def _where(condition: Any, one: Any, other: Any) -> Value:
@@ -434,7 +475,10 @@ class _Printer(StrPrinter):
         return f"{one if expr.args[0].is_Atom else f'({one})'} % {other}"
 
     def _print_Not(self, expr: Any) -> str:  # noqa: N802
-        return f"not {self._print(expr.args[0])}"
+        inner = expr.args[0]
+        shown = self._print(inner)
+        grouped = isinstance(inner, (sympy.And, sympy.Or, Relational))
+        return f"not ({shown})" if grouped else f"not {shown}"
 
     def _joined(self, expr: Any, word: str) -> str:
         parts = sorted(expr.args, key=lambda a: (not a.is_Symbol, str(a)))
