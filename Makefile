@@ -37,6 +37,8 @@ bench: $(READY)
 	$(BIN)/python benchmarks/natural.py
 	$(BIN)/python benchmarks/finite.py
 	$(BIN)/python benchmarks/verdict.py
+	$(BIN)/python benchmarks/chain.py
+	$(BIN)/python benchmarks/posterior.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

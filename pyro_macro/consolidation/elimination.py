@@ -173,7 +173,7 @@ class Elimination(ABC, Generic[G]):
 
         :param unseen: those whose natural values will not be known.
         """
-        mine = interventions.intersection(self.component.linear)
+        mine = frozenset(n for n in interventions if n in self.component.linear)
         key = (mine, unseen & mine)
         plan = self._plans.get(key)
         if plan is None:

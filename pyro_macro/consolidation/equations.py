@@ -244,7 +244,7 @@ class Equations:
         relevant = self._relevant(name, elimination)
         left = f"{self._name(name)} :="
         chain = next((c for c in elimination.chains if c.end == name), None)
-        plain = self._law(name, elimination, frozenset())
+        plain = self._from_head(name, elimination, chain)
         if not relevant:
             return f"{left} {plain}"
         if chain is not None and set(relevant) <= set(chain.sites):
@@ -263,6 +263,28 @@ class Equations:
             parts.append(f"({self._words(how)})")
         parts.append(f"{self._words('else')} {plain}")
         return f"{left} {'; '.join(parts)}"
+
+    def _from_head(
+        self, name: str, elimination: Elimination[Any], chain: Chain | None
+    ) -> str:
+        """The law without interventions; of a chain of equal links one rule."""
+        law = self._law(name, elimination, frozenset())
+        plan = elimination.plan(frozenset())
+        if chain is None or name in plan.laws:
+            return law
+        if set(plan.stages[name]) - {name} - self.structure.computed:
+            return law  # the head is random
+        link = self._equal_links(chain, [chain.head, *chain.sites])
+        if link is None:
+            return law
+        start = self._name(chain.head)
+        if chain.head in self.structure.computed:
+            try:
+                value, _ = self.formulas.own(chain.head, self.structure.computed)
+                start = self._value(simplified(value))
+            except NotSymbolic:
+                return law
+        return self._repeated(link, str(len(chain.sites)), start)
 
     def _relevant(self, name: str, elimination: Elimination[Any]) -> list[str]:
         """Allowed interventions on eliminated sites that this one depends on."""
@@ -396,11 +418,13 @@ class Equations:
                 return None
             identity = _is_identity(tables[0].reshape(tables.shape[-2:]))
             return f"v {rule}" if identity else None
-        link = self._equal_links(chain)
-        if link is None:
-            return None
+        link = self._equal_links(chain, chain.sites)
+        return None if link is None else f"{self._repeated(link, steps, 'v')} {rule}"
+
+    def _repeated(self, link: tuple[Any, Any, Any], steps: str, start: str) -> str:
+        """A number of equal links, from a start."""
         a, b, q = link
-        shown = self._power(a, steps, "v")
+        shown = self._power(a, steps, start)
         if b != 0:
             if a == 1:
                 shown += f" + {self._factor(b)}*({steps})"
@@ -414,11 +438,15 @@ class Equations:
             else:
                 twice = self._power(a, f"2*({steps})")
                 shown += f" + N(0, {sd}*(1 - {twice})/(1 - {self._factor(a)}^2))"
-        return f"{shown} {rule}"
+        return shown
 
-    def _equal_links(self, chain: Chain) -> tuple[Any, Any, Any] | None:
+    def _equal_links(
+        self, chain: Chain, sites: Sequence[str]
+    ) -> tuple[Any, Any, Any] | None:
         """Matrix, offset and variance of the links of a chain, if all are the same."""
         if isinstance(chain.links, Affine):
+            if sites != chain.sites:
+                return None
             parts = [p[1:] for p in vars(chain.links).values()]
             if any(p[0].numel() > 1 for p in parts):
                 return None
@@ -426,7 +454,7 @@ class Equations:
                 return None
             a, b, q = (_exact(float(p.flatten()[0])) for p in parts)
             return a, b, q
-        found = {self._symbolic_link(n, p) for p, n in itertools.pairwise(chain.sites)}
+        found = {self._symbolic_link(n, p) for p, n in itertools.pairwise(sites)}
         return found.pop() if len(found) == 1 else None
 
     def _symbolic_link(self, name: str, parent: str) -> tuple[Any, Any, Any] | None:
@@ -452,7 +480,10 @@ class Equations:
     def _power(self, base: Any, steps: str, times: str = "") -> str:
         if base == 1:
             return times or "1"
+        times = "" if times == "1" else times
         exponent = f"{{{steps}}}" if self.latex else f"({steps})"
+        if steps.isdigit() and not self.latex:
+            exponent = steps
         raised = f"{self._factor(base)}^{exponent}"
         dot = r" \cdot " if self.latex else " * "
         return raised + (dot + times if times else "")

@@ -40,6 +40,7 @@ class FiniteElimination(Elimination[FiniteGroup]):
     def read(self) -> None:
         self.supports: dict[str, Tensor] = {}
         self._memo: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._alone: dict[str, FiniteGroup] = {}
         self._find_supports()
         self.general = {n for n in self.component.children if n not in self.supports}
         fixed = [n for n in self.supports if n in self.flags and all(self.flags[n])]
@@ -73,6 +74,12 @@ class FiniteElimination(Elimination[FiniteGroup]):
         if name not in plan.stages:
             return factor
         return Factor((*factor.axes[:-1], plan.key(name)), factor.table)
+
+    def group_of(self, name: str) -> FiniteGroup:
+        """A child of another kind, as a group of its own."""
+        if name not in self._alone:
+            (self._alone[name],) = self.groups([name])
+        return self._alone[name]
 
     def support(self, axis: str) -> Tensor:
         """The values that an axis stands for."""
@@ -359,7 +366,7 @@ class FiniteRun(Eliminating):
         """The law of a site of any kind, given finite ones."""
         owner = self.owner
         site = owner.structure.sites[name]
-        group = owner.groups([name])[0]
+        group = owner.group_of(name)
         worlds = self.known.worlds(
             x for some in group.others for x in some if self.known.has(x)
         )

@@ -34,7 +34,7 @@ class Known:
     def __init__(self, structure: Structure, inputs: Mapping[Leaf, Tensor]) -> None:
         self.structure, self.inputs = structure, inputs
         self.sites: dict[str, Tensor] = {}
-        self.frame = Frame(structure.sites.values())
+        self.frame = structure.frame
         self._elements: dict[tuple[str, int], Tensor] = {}
 
     def set(self, name: str, value: Tensor) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import networkx as nx
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from pyro_macro.consolidation.draws import Model, drawn
 from pyro_macro.consolidation.known import Known
 from pyro_macro.consolidation.laws import FiniteValues
 from pyro_macro.consolidation.prepared import Approximation, Prepared
-from pyro_macro.errors import Infeasible, UnsupportedLaw
+from pyro_macro.errors import Infeasible, InterventionNotAllowed, UnsupportedLaw
 from pyro_macro.laws.finite.configurations import finite_values
 from pyro_macro.program.inner import Site, preserved_random_state
 
@@ -40,9 +41,12 @@ class ConditionalDensity(torch.nn.Module):
     probabilities of their values.
     """
 
-    def __init__(self, site: Site, inputs: int, how: Approximation) -> None:
+    def __init__(
+        self, site: Site, has_parents: bool, inputs: int, how: Approximation
+    ) -> None:
         super().__init__()
         self.site = site
+        _refuse(site, has_parents)
         finite = None if site.deterministic else finite_values(site.fn)
         support = constraints.real if site.deterministic else site.fn.support
         self.values = finite
@@ -83,6 +87,27 @@ class ConditionalDensity(torch.nn.Module):
         return dist.TransformedDistribution(mixture, [self.map])
 
 
+def _refuse(site: Site, has_parents: bool) -> None:
+    """An error for sites whose laws cannot be learned."""
+    support = None if site.deterministic else site.fn.support
+    endless = getattr(support, "is_discrete", False) and finite_values(site.fn) is None
+    moving = has_parents and any(
+        isinstance(part, Tensor) for part in vars(support or site).values()
+    )
+    if support is None:
+        moving = False
+    whole = site.deterministic and not site.value.is_floating_point()
+    if endless or moving or whole:
+        what = "counts without end" if endless else "whole numbers or truth values"
+        if moving:
+            what = "values in a support that depends on other sites"
+        raise UnsupportedLaw(
+            f"consolidate, approximate: site {site.name!r} takes {what}. Only finite "
+            "sites and continuous ones of a fixed support can be learned: keep what it "
+            "depends on."
+        )
+
+
 @dataclass(eq=False)
 class Relaxed:
     """What was learned.
@@ -91,6 +116,7 @@ class Relaxed:
     :ivar inputs: the sites that each depends on.
     :ivar allowed: sites that may be set and are no longer computed.
     :ivar gone: sites that are no longer met.
+    :ivar confounded: sites that depend on these.
     :ivar achieved: the distance on fresh draws, by intervention in words.
     """
 
@@ -98,6 +124,7 @@ class Relaxed:
     inputs: dict[str, tuple[str, ...]]
     allowed: tuple[str, ...]
     gone: frozenset[str]
+    confounded: frozenset[str]
     places: dict[str, tuple[float, float]] = field(default_factory=dict)
     achieved: dict[str, float] = field(default_factory=dict)
 
@@ -107,7 +134,17 @@ class Relaxed:
         return max(self.achieved.values())
 
     def law(self, name: str, known: Known, interventions: frozenset[str]) -> Any:
-        """The distribution of a learned site."""
+        """The distribution of a learned site.
+
+        :raises InterventionNotAllowed: if a site is set that tells of causes which are
+            no longer met: what is learned of it is what it tells, not what it does.
+        """
+        for other in interventions.intersection(self.inputs[name], self.confounded):
+            raise InterventionNotAllowed(
+                f"do({other} = ...): the law of {name!r} was learned from {other!r} as "
+                "it is by itself, and both depend on sites that were approximated "
+                "away. Keep these, or consolidate without `approximate`."
+            )
         columns = []
         for other in self.inputs[name]:
             columns.append(self._standard(other, known[other]))
@@ -184,8 +221,14 @@ def _planned(prepared: Prepared, how: Approximation) -> Relaxed:
                     f"{prepared.of[n].site.shape.numel()} elements. Only sites of "
                     "one number each can be learned."
                 )
-        laws[name] = ConditionalDensity(site, len(inputs) + 2 * len(allowed), how)
-    return Relaxed(laws, learned, tuple(allowed), gone)
+        parents = bool(prepared.of[name].parents)
+        count = len(inputs) + 2 * len(allowed)
+        laws[name] = ConditionalDensity(site, parents, count, how)
+    graph = prepared.mechanisms.graph()
+    confounded = frozenset(
+        n for n in kept if not gone.isdisjoint(nx.ancestors(graph, n))
+    )
+    return Relaxed(laws, learned, tuple(allowed), gone, confounded)
 
 
 def _depends(prepared: Prepared, name: str, gone: frozenset[str]) -> bool:
@@ -253,6 +296,9 @@ def _samples(
 ) -> dict[str, Tensor]:
     """Draws of sites, each under the interventions chosen for it."""
     found = torch.zeros(len(chosen), len(names), dtype=torch.float64)
+    if not chosen.shape[1]:
+        found = drawn(model, names, len(chosen), {}, seed, "Drawing to fit")
+        return dict(zip(names, found.unbind(-1), strict=True))
     patterns, which = chosen.unique(dim=0, return_inverse=True)
     for i, pattern in enumerate(patterns):
         rows = (which == i).nonzero()[:, 0]

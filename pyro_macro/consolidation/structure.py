@@ -70,6 +70,7 @@ class Structure:
         self.order = {name: i for i, name in enumerate(self.of)}
         self.kept = set(kept)
         self.retained = dict(why)
+        self.frame = Frame(self.sites.values())
         self._affine: dict[object, bool] = {}
         self._from: dict[str, frozenset[str]] = {}
         while self._settle():
@@ -240,7 +241,7 @@ class Structure:
             elif is_gaussian(self.of[name]) and name not in self.linear:
                 for p in self.of[name].parents:
                     if p in members:
-                        blamed[p] = f"{name!r} is not affine in it"
+                        blamed.setdefault(p, f"{name!r} is not affine in it")
         if blamed:
             return self.random(blamed)
         finite = [n for n in eliminated if not is_gaussian(self.of[n])]

@@ -136,8 +136,11 @@ class _Noted:
 class _MechanismRun(InnerRun):
     takes_apart = True
 
-    def __init__(self, seed: int, noting: bool) -> None:
+    def __init__(
+        self, seed: int, noting: bool, other: Mapping[Leaf, Tensor] | None = None
+    ) -> None:
         super().__init__()
+        self.other = other or {}  # what sites of few values must not have again
         self.tracker: Tape = Tape(noting)
         self.seed = seed
         self.noted: dict[str, _Noted] = {}
@@ -175,6 +178,8 @@ class _MechanismRun(InnerRun):
             # Data may have dimensions of plates outside, which are none of the program
             with torch.no_grad():
                 value = site.fn.sample()
+            if isinstance(self.other.get(("site", site.name)), Tensor):
+                value = _another(site, value, self.other["site", site.name])
         if site.deterministic and isinstance(given, Tensor):
             tensors = [given]
         elif given is not None and not site.observed:
@@ -305,10 +310,10 @@ def read_mechanisms(
     (['z'], [tensor(20.), tensor(1.)])
     """
     model_kwargs = model_kwargs or {}
-    runs = []
+    runs: list[_MechanismRun] = []
     before = _python_states()
     for seed, noting in ((1, True), (2, False)):
-        run = _MechanismRun(seed, noting)
+        run = _MechanismRun(seed, noting, runs[0].values if runs else None)
         with pyro.poutine.block(), preserved_params():
             run.go(model, model_args, model_kwargs)
         runs.append(run)
@@ -358,6 +363,21 @@ def read_mechanisms(
         INPUT in first.tracker.escaped,
         trouble,
     )
+
+
+def _another(site: Site, value: Tensor, first: Tensor) -> Tensor:
+    """Of a finite site a value that it did not have: what depends on it shows."""
+    base = unwrapped(site.fn)
+    if not base.has_enumerate_support or base.event_shape or value.shape != first.shape:
+        return value
+    try:
+        support = base.enumerate_support(expand=False).flatten()
+    except NotImplementedError:  # inhomogeneous counts
+        return value
+    if len(support) < 2:
+        return value
+    index = (first.unsqueeze(-1) == support).to(torch.uint8).argmax(-1)
+    return support[(index + 1) % len(support)].to(value.dtype)
 
 
 def _python_states() -> tuple[Any, ...]:

@@ -20,6 +20,8 @@ from pyro.distributions.torch_distribution import (
 from pyro.distributions.util import broadcast_shape
 from torch import Size, Tensor
 
+from pyro_macro.program.tracking import tensors_in
+
 
 @dataclass(frozen=True, eq=False)
 class Parts:
@@ -207,7 +209,7 @@ def _transformed(fn: Any) -> Parts | None:
             for tensor in (transform.loc, transform.scale):
                 tensors.append(torch.as_tensor(tensor))
                 dims.append(transform.event_dim)
-        elif any(isinstance(part, Tensor) for part in vars(transform).values()):
+        elif any(True for _ in tensors_in(transform)):
             return None
 
     def build(given: Sequence[Tensor]) -> Any:

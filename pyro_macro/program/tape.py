@@ -185,7 +185,7 @@ class Tape(Tracker):
         template: tuple[Any, Any] = ((), {})
         if noted:
             template = self._template(args), self._template(kwargs)
-            if in_place and isinstance(template[0][0], Tensor):
+            if in_place and args and isinstance(template[0][0], Tensor):
                 # It will not be what it is now
                 first = template[0][0].detach().clone()
                 template = ((first, *template[0][1:]), template[1])
@@ -204,6 +204,9 @@ class Tape(Tracker):
                     setattr(part, self._node, Node(torch.broadcast_to, given))
             return result
         kinked = has_kinks(name, result)
+        if in_place and not args:
+            self._note_node(result, Node(trouble=f"{name} works in place"))
+            return result
         if in_place:
             trouble = None
             if args[0]._base is not None:

@@ -205,7 +205,7 @@ def test_the_work_of_a_run_does_not_depend_on_the_length(made, count):
         found.append(work(under(fused, do)))
     (short, few), *longer = found
     for operations, calls in longer:
-        assert operations == short
+        assert operations <= short
         assert calls <= few + 20
     assert work(made(50))[0] > 3 * short
 
