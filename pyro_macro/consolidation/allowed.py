@@ -53,8 +53,18 @@ class Allowed:
         for name in [*free, *(k for one in explicit for k in one)]:
             if name not in sites:
                 raise UnknownSite.named("consolidate, allow", name, sites)
-        self.free = frozenset(free)
+        self.free, self.names = frozenset(free), frozenset(sites)
         self.explicit = tuple(explicit)
+
+    def values(self, of: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+        """The values that explicit interventions set each site to."""
+        found: dict[str, list[Tensor]] = {}
+        for one in self.explicit:
+            for name, value in one.items():
+                if isinstance(value, (Tensor, numbers.Number)):
+                    dtype = of[name].site.value.dtype
+                    found.setdefault(name, []).append(torch.as_tensor(value).to(dtype))
+        return found
 
     @property
     def sites(self) -> frozenset[str]:
@@ -87,6 +97,9 @@ class Allowed:
         free = self.free
         if rest.keys() <= free or any(_is(rest, one, free) for one in explicit):
             return
+        for name in rest:
+            if name not in self.names:
+                raise UnknownSite.named("do", name, self.names)
         what = ", ".join(f"do({n} = {_short(v)})" for n, v in rest.items())
         raise InterventionNotAllowed(
             f"{what}: this program was consolidated without it, so that its effect "

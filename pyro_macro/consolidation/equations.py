@@ -133,7 +133,7 @@ class Equations:
         blocked = self._with_interventions(name)
         try:
             if blocked is not None:
-                return f"{left} {blocked}"
+                return f"{left} {blocked}{self._unless(name)}"
             if rule is not None:
                 shown = self._value(rule.value)
             else:
@@ -151,7 +151,8 @@ class Equations:
         computed = self.structure.computed
         above = nx.ancestors(self.structure.graph, name) & computed
         parts = []
-        for site in self._ordered(above & self.allowed.sites)[:SHOWN]:
+        sites = self._ordered(above & self.allowed.sites)[::-1]
+        for site in sites[:SHOWN]:
             try:
                 (value,), _ = self._through(name, computed - {site})
                 instead = self._value(value)
@@ -159,7 +160,13 @@ class Equations:
                 instead = f"f({self._name(site)}, ...)"
             if instead != shown:
                 parts.append(f"{instead} {self._words('under')} {self._do(site)}")
-        return "; ".join([*parts, f"{self._words('else')} {shown}" if parts else shown])
+        if not parts:
+            return shown
+        if len(sites) > SHOWN:
+            parts.append(self._words(f"... {len(sites) - SHOWN} more"))
+        if len(sites) > 1:
+            parts.append(f"({self._words('several: composed')})")
+        return "; ".join([*parts, f"{self._words('else')} {shown}"])
 
     def _ordered(self, names: Collection[str]) -> list[str]:
         return sorted(names, key=self.structure.order.__getitem__)
@@ -247,7 +254,7 @@ class Equations:
         plain = self._from_head(name, elimination, chain)
         if not relevant:
             return f"{left} {plain}"
-        if chain is not None and set(relevant) <= set(chain.sites):
+        if chain is not None and set(relevant) <= {chain.head, *chain.sites}:
             rule = self._chain_rule(name, chain, relevant)
             if rule is not None:
                 return f"{left} {rule}; {self._words('else')} {plain}"
@@ -306,7 +313,10 @@ class Equations:
         self, name: str, elimination: Elimination[Any], relevant: Sequence[str]
     ) -> bool:
         """Whether of several interventions only the last one counts."""
-        for one, other in itertools.combinations(relevant[:SHOWN], 2):
+        pairs: Any = itertools.combinations(relevant, 2)
+        if len(relevant) > 2 * SHOWN:
+            pairs = [*itertools.pairwise(relevant), (relevant[0], relevant[-1])]
+        for one, other in pairs:
             both = self._law(name, elimination, frozenset([one, other]))
             if both != self._law(name, elimination, frozenset([other])):
                 return False
@@ -410,15 +420,18 @@ class Equations:
         self, name: str, chain: Chain, relevant: Sequence[str]
     ) -> str | None:
         """A chain of equal links: one rule, whatever its length."""
+        # The first link matters only to who intervenes before it
+        first = 0 if chain.head in relevant else 1
         steps, rule = self._where(chain, relevant)
         if isinstance(chain.links, Table):
-            tables = chain.links.probs[1:]  # the first is before all interventions
+            tables = chain.links.probs[first:]
             same = bool((tables == tables[:1]).all())
             if not same or tables.shape[1:-2].numel() > 1:
                 return None
             identity = _is_identity(tables[0].reshape(tables.shape[-2:]))
             return f"v {rule}" if identity else None
-        link = self._equal_links(chain, chain.sites)
+        sites = [chain.head, *chain.sites] if not first else chain.sites
+        link = self._equal_links(chain, sites)
         return None if link is None else f"{self._repeated(link, steps, 'v')} {rule}"
 
     def _repeated(self, link: tuple[Any, Any, Any], steps: str, start: str) -> str:
@@ -445,9 +458,8 @@ class Equations:
     ) -> tuple[Any, Any, Any] | None:
         """Matrix, offset and variance of the links of a chain, if all are the same."""
         if isinstance(chain.links, Affine):
-            if sites != chain.sites:
-                return None
-            parts = [p[1:] for p in vars(chain.links).values()]
+            skipped = 1 if sites == chain.sites else 0
+            parts = [p[skipped:] for p in vars(chain.links).values()]
             if any(p[0].numel() > 1 for p in parts):
                 return None
             if any(not torch.allclose(p, p[:1].expand_as(p), 1e-6, 0) for p in parts):
@@ -475,7 +487,7 @@ class Equations:
 
     def _factor(self, expr: Any) -> str:
         shown = self._show(expr)
-        return shown if expr.is_Atom else f"({shown})"
+        return shown if expr.is_Atom and not shown.startswith("-") else f"({shown})"
 
     def _power(self, base: Any, steps: str, times: str = "") -> str:
         if base == 1:
@@ -491,8 +503,9 @@ class Equations:
     def _where(self, chain: Chain, relevant: Sequence[str]) -> tuple[str, str]:
         """How many links are left, and which intervention counts, in words."""
         pattern = re.compile(r"^(.*?)(\d+)$")
-        found = [pattern.match(n) for n in chain.sites]
-        place = {n: i for i, n in enumerate(chain.sites)}
+        names = [*([chain.head] if chain.head in relevant else []), *chain.sites]
+        found = [pattern.match(n) for n in names]
+        place = {n: i for i, n in enumerate(names)}
         numbers: list[int] | None = None
         if all(found):
             first = [m[1] for m in found if m]
@@ -514,6 +527,9 @@ class Equations:
         if numbers is not None:
             rule = f"where k is the last of {brackets[0]}{listed}{brackets[1]}"
             return f"{end}-k", self._worded(f"{rule} intervened on")
+        places = {n: i for i, n in enumerate([chain.head, *chain.sites])}
+        shown = [f"{n} ({places[n]})" for n in relevant]
+        listed = ", ".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
         rule = (
             f"where k of {len(chain.sites)} is the place of the last of "
             f"{brackets[0]}{listed}{brackets[1]}"

@@ -23,7 +23,11 @@ from pyro_macro.consolidation.known import Known, plain
 from pyro_macro.consolidation.laws import finite, trimmed, within
 from pyro_macro.consolidation.structure import CELLS
 from pyro_macro.consolidation.tables import Factor, FiniteGroup, certain, contracted
-from pyro_macro.errors import PyroMacroError, UnsupportedLaw
+from pyro_macro.errors import (
+    InterventionNotAllowed,
+    PyroMacroError,
+    UnsupportedLaw,
+)
 from pyro_macro.laws.finite.configurations import finite_values, log_table
 from pyro_macro.laws.finite.sums import NEVER
 from pyro_macro.program.mechanisms import Mechanism
@@ -150,6 +154,7 @@ class FiniteElimination(Elimination[FiniteGroup]):
             constants,
             tuple((s.dtype, tuple(s.tolist())) for s in supports),
             tuple(self.structure.sites[p].value.shape for p in parents),
+            str(self.structure.explicit.get(name)),
         )
         if key not in self._memo:
             self._memo[key] = self._evaluated(mechanism, supports)
@@ -168,7 +173,9 @@ class FiniteElimination(Elimination[FiniteGroup]):
         (found,) = group.outputs({}, frozenset(), None, shapes)
         found = found[:, 0]  # (C,) and then the site
         found = found.expand((group.count, *found.shape[1:]))
-        values = found.unique()
+        set_to = self.structure.explicit.get(mechanism.name, [])
+        reached = [found.flatten(), *(v.flatten().to(found) for v in set_to)]
+        values = torch.cat(reached).unique()
         hit = found.unsqueeze(-1) == values  # (C, plates, V)
         hit = (~hit).double() * NEVER
         missing = self.frame.depth - (hit.dim() - 2)
@@ -356,7 +363,10 @@ class FiniteRun(Eliminating):
         value = self.known[name]
         hit = value.unsqueeze(-1) == support.to(value.device)
         if not bool(hit.any(-1).all()):
-            raise PyroMacroError(
+            kind = PyroMacroError
+            if name in self.plan.interventions:
+                kind = InterventionNotAllowed
+            raise kind(
                 f"site {plain(name)!r}: found {value.flatten()[:5].tolist()}, which is "
                 f"not among its values {support.tolist()[:20]}. Set it to one of these."
             )

@@ -125,7 +125,8 @@ class Prepared:
 
     def _take_apart(self, kept: set[str], why: dict[str, str]) -> None:
         while True:
-            structure = Structure(self.mechanisms, kept, why)
+            explicit = self.allowed.values(self.of)
+            structure = Structure(self.mechanisms, kept, why, explicit)
             try:
                 self._eliminate(structure)
                 break
@@ -259,11 +260,21 @@ def cost_of(mechanism: Mechanism) -> Cost:
     ]
     numbers = sum(nonzero(c) for c in constants)
     numbers += len(mechanism.expression.constants) - len(constants)
-    products = [c for c in constants if c.numel() > size]
-    operations = sum(nonzero(c) for c in products)
-    if not products:
+    if mechanism.expression.multiplies:
+        operations = sum(nonzero(c) for c in constants if c.numel() > size)
+    else:
         operations = mechanism.expression.arithmetic * size
+        operations += mechanism.expression.lookups * size
     return Cost(1, draws, operations, numbers)
+
+
+def _work(terms: list[torch.Tensor], const: torch.Tensor) -> int:
+    """Operations of an affine form; a factor of one is no multiplication."""
+    if any(t.numel() > 1 for t in terms):
+        return sum(map(nonzero, terms))
+    factors = [float(t) for t in terms if float(t)]
+    added = len(factors) + bool(const.any()) - 1
+    return sum(f != 1 for f in factors) + max(added, 0)
 
 
 def _fused_cost(elimination: Elimination[Any]) -> Cost:
@@ -288,14 +299,18 @@ def _fused_cost(elimination: Elimination[Any]) -> Cost:
             terms = law.mean.terms.values()
             noise = nonzero(law.covariance)
             numbers = sum(map(nonzero, terms)) + nonzero(law.mean.const) + noise
-            # A single one is no multiplication
-            work = sum(nonzero(t) for t in terms if t.numel() > 1 or float(t) != 1)
+            work = _work(list(terms), law.mean.const)
             total += Cost(1, draws if noise else 0, work, numbers)
         elif isinstance(law, Factor):
             probs = law.table.exp()
             certain = bool(((probs == 0) | (probs == 1)).all())
             draws = 0 if certain and site.deterministic else draws
-            total += Cost(1, draws, len(law.axes) - 1, nonzero(probs))
+            rows = probs.reshape(probs.shape[elimination.frame.depth :])
+            copied = len(law.axes) == 2 and torch.equal(
+                rows, torch.eye(*rows.shape[-2:], dtype=rows.dtype)
+            )
+            looked_up = (0, 0) if copied else (len(law.axes) - 1, nonzero(probs))
+            total += Cost(1, draws, *looked_up)
         else:
             behind = [s for n in plan.stages[name] for s in elimination.behind(n, plan)]
             parts = sum((cost_of(of[n]) for n in behind), Cost())

@@ -54,6 +54,7 @@ class Structure:
     :param mechanisms: the program.
     :param kept: sites that stay.
     :param why: for some of them why they do, in words, if nobody asked for it.
+    :param explicit: values that explicit interventions set sites to.
     :ivar retained: sites that stay though nobody asked for it, and why.
     :ivar components: what is eliminated.
     :ivar computed: deterministic sites that are functions of values at hand.
@@ -61,7 +62,11 @@ class Structure:
     """
 
     def __init__(
-        self, mechanisms: Mechanisms, kept: Collection[str], why: Mapping[str, str]
+        self,
+        mechanisms: Mechanisms,
+        kept: Collection[str],
+        why: Mapping[str, str],
+        explicit: Mapping[str, list[Tensor]] | None = None,
     ) -> None:
         self.mechanisms = mechanisms
         self.of = mechanisms.of
@@ -70,6 +75,7 @@ class Structure:
         self.order = {name: i for i, name in enumerate(self.of)}
         self.kept = set(kept)
         self.retained = dict(why)
+        self.explicit = explicit or {}
         self.frame = Frame(self.sites.values())
         self._affine: dict[object, bool] = {}
         self._from: dict[str, frozenset[str]] = {}
@@ -113,6 +119,7 @@ class Structure:
             else:
                 self.components.append(component)
         if not more:
+            self.components += self._tables_of_computed(stays)
             self.components += self._chains_of_computed(stays)
         self.retained.update(more)
         return bool(more)
@@ -369,7 +376,13 @@ class Structure:
         for members in nx.connected_components(graph):
             children = self._ordered(n for n in members if n in stays)
             eliminated = self._ordered(n for n in members if n in fits)
-            if len(eliminated) < 2 or self._crossing(eliminated, children):
+            if len(eliminated) == 1:
+                # Worth it only if it is done once and for all
+                leaves = [self.of[n].expression.leaves for n in members]
+                linear = [self.linear[n] for n in members]
+                if any(len(a) != len(b) for a, b in zip(leaves, linear, strict=True)):
+                    continue
+            if self._crossing(eliminated, children):
                 continue
             component, _ = self._affine_component(eliminated, children)
             if component is not None:
@@ -377,6 +390,47 @@ class Structure:
         return found
 
     # Finite sites
+
+    def _tables_of_computed(self, stays: Collection[str]) -> list[Component]:
+        """Deterministic sites that are functions of finite ones: their tables fuse."""
+        taken = {n for c in self.components for n in c.sites}
+        listed: set[str] = set()
+        graph = nx.Graph()
+        for name in self.of:
+            site = self.sites[name]
+            if name in taken or name in self.dropped or not site.deterministic:
+                continue
+            plates = {f for f in site.frames if f.vectorized}
+            leaves = self.of[name].expression.leaves
+            parents = [str(p) for kind, p in leaves if kind == SITE]
+            if len(parents) < len(leaves) or not parents or len(site.event_shape):
+                continue
+            if not all(p in listed or self._is_axis(p, plates) for p in parents):
+                continue
+            if name in self.computed:
+                listed.add(name)
+            within = [p for p in parents if p in listed]
+            if name in self.computed or (name in stays and within):
+                graph.add_node(name)
+                graph.add_edges_from((name, p) for p in within)
+        found = []
+        for members in nx.connected_components(graph):
+            children = self._ordered(n for n in members if n in stays)
+            eliminated = self._ordered(n for n in members if n not in stays)
+            alike = len({self.sites[n].frames for n in members}) == 1
+            outside = (
+                {c for n in eliminated for c in self.graph.successors(n)}
+                - members
+                - set(self.dropped)
+            )
+            if not children or not eliminated or not alike or outside:
+                continue
+            if not any(self.of[n].expression.lookups for n in members):
+                continue  # no tables: formulas say it shorter
+            component, _ = self._finite_component(eliminated, children)
+            if component is not None:
+                found.append(component)
+        return found
 
     def is_finite(self, name: str) -> bool:
         """Whether a site has finitely many values, one a slot."""

@@ -27,6 +27,7 @@ from pyro_macro.program.tape import CAPTURED, Expression, Leaf, part_of
 
 CASES = 64  # of a number, at most
 ATOMS = 8  # of a formula that is simplified, at most
+NODES = 400  # of a value, at most
 
 
 class NotSymbolic(Exception):
@@ -388,6 +389,19 @@ _OPERATIONS: dict[str, Callable[..., Value]] = {
 }
 
 
+def _limited(value: Value) -> Value:
+    """A value that is not too long to be simplified."""
+    parts = [p for c in value for p in c] if isinstance(value, list) else [value]
+    count = 0
+    for part in parts:
+        if isinstance(part, sympy.Basic):
+            for _ in sympy.preorder_traversal(part):
+                count += 1
+                if count > NODES:
+                    raise NotSymbolic(f"more than {NODES} symbols")
+    return value
+
+
 def _apply(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Value:
     if function is part_of:
         return args[0][args[1]]
@@ -400,7 +414,7 @@ def _apply(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Val
     ):
         raise NotSymbolic(f"{name} of several values")
     try:
-        return operation(*args, **kwargs)
+        return _limited(operation(*args, **kwargs))
     except (TypeError, AttributeError, ValueError) as error:
         raise NotSymbolic(f"{name}: {error}") from error
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -147,7 +148,9 @@ def verify_consolidation(
     for one in tqdm(made, desc="Verifying", disable=len(made) < 20, leave=False):
         fused.allowed.check(one, fused.sites)
         names = [n for n in fused.kept if n not in one]
-        settings = {n: torch.as_tensor(v) for n, v in one.items()}
+        settings = {
+            n: torch.as_tensor(v).to(fused.typical(n).dtype) for n, v in one.items()
+        }
         programs: list[Model] = [(m, tuple(model_args), kwargs) for m in (model, fused)]
         checks.append(_checked(one, programs, names, settings, draws, seed))
     return VerificationReport(checks, level)
@@ -262,7 +265,9 @@ def _table(
     supports: dict[str, Tensor] = {}
     shapes: dict[str, torch.Size] = {}
     for name, node in trace.nodes.items():
-        if node["type"] != "sample" or is_deterministic(node) or name in settings:
+        if node["type"] != "sample" or site_is_subsample(node):
+            continue
+        if is_deterministic(node) or name in settings:
             continue
         if node["is_observed"]:
             continue  # of poutine.do

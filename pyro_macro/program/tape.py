@@ -48,8 +48,11 @@ _ARITHMETIC = frozenset(_OPERATORS.split())
 _MOVES = """
     broadcast_tensors part_of expand expand_as reshape view view_as squeeze unsqueeze to
     float double clone detach getitem stack cat transpose permute movedim get contiguous
+    broadcast_to long int bool index_select gather take
 """
 _ARRANGING = frozenset(_MOVES.split())
+_MULTIPLIED = "matmul rmatmul mm mv bmm dot linear einsum addmm"
+_PRODUCTS = frozenset(_MULTIPLIED.split(" "))
 # Operations that are affine in each of their arguments, the others held. (Products of
 # what depends on the same leaves are polynomials, which two probes are sure to find.)
 _AFFINE = """
@@ -365,10 +368,29 @@ class Expression:
         return len(self._steps)
 
     @property
+    def multiplies(self) -> bool:
+        """Whether matrices are multiplied."""
+        return any(name in _PRODUCTS for name in self._names())
+
+    @property
+    def lookups(self) -> int:
+        """How many tables are read at a place that is computed."""
+        return sum(
+            name in ("getitem", "index_select", "gather", "take")
+            and any(place < self._leaf_count or place in self._at for place in places)
+            for name, places in zip(self._names(), self._indices(), strict=True)
+        )
+
+    def _names(self) -> list[str]:
+        return [getattr(f, "__name__", "").strip("_") for f, _, _ in self._steps]
+
+    def _indices(self) -> list[list[int]]:
+        return [list(_places_in(args))[1:] for _, args, _ in self._steps]
+
+    @property
     def arithmetic(self) -> int:
         """How many of them compute numbers, and do not only arrange these."""
-        names = (getattr(f, "__name__", "").strip("_") for f, _, _ in self._steps)
-        return sum(name not in _ARRANGING for name in names)
+        return sum(name not in _ARRANGING for name in self._names())
 
     @property
     def parents(self) -> list[str]:
