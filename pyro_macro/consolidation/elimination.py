@@ -182,6 +182,10 @@ class Elimination(ABC, Generic[G]):
             plan = self._plans[key] = self.plan(*key)
         return self.begin(plan, known)
 
+    def covers(self, interventions: frozenset[str], known: Known) -> bool:
+        """Whether it can tell the law under the values that sites are set to."""
+        return True
+
     def chain_of(self, end: str) -> Chain:
         return self._place[end][0]
 

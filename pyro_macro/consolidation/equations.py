@@ -35,7 +35,7 @@ from pyro_macro.program.tape import SITE
 
 SHOWN = 6  # interventions one by one, at most
 CELLS = 8  # rows of a table, at most
-LONG = 60  # operations of a formula, at most
+LONG = 400  # operations of a formula, at most
 
 
 class Equations:
@@ -56,6 +56,7 @@ class Equations:
         self.structure, self.eliminations, self.rules = structure, eliminations, rules
         self.allowed, self.latex = allowed, latex
         self.formulas = Formulas(structure, names)
+        self._set: frozenset[str] = frozenset()  # by the law that is being written
 
     def lines(self) -> list[str]:
         return [self._line(name) for name in self.structure.stays]
@@ -76,6 +77,17 @@ class Equations:
             return name
         escaped = re.sub(r"([_{}$&#%])", r"\\\1", name)
         return rf"\mathrm{{{escaped}}}"
+
+    def _known(self, name: str) -> str:
+        """A site that stays, or the formula of one that is computed on the way."""
+        if name not in self.structure.computed or name in self._set:
+            return self._name(name)
+        try:
+            value, _ = self.formulas.own(name, self.structure.computed)
+            shown = self._value(simplified(value))
+        except NotSymbolic:
+            return self._name(name)
+        return shown if re.fullmatch(r"[\w.\\{}]+", shown) else f"({shown})"
 
     def _do(self, name: str, value: Any = None) -> str:
         what = self._name(name) if value is None else f"{self._name(name)} = {value}"
@@ -327,6 +339,7 @@ class Equations:
     ) -> str:
         plan = elimination.plan(interventions)
         law = plan.laws.get(name)
+        self._set = interventions
         if isinstance(law, GaussianLaw):
             return self._gaussian(law)
         if isinstance(law, Factor) and isinstance(elimination, FiniteElimination):
@@ -358,9 +371,9 @@ class Equations:
             if matrix.numel() == 1:
                 factor = float(matrix)
                 if factor:
-                    terms.append((factor, self._name(name)))
+                    terms.append((factor, self._known(name)))
             elif bool(matrix.any()):
-                terms.append((1.0, f"{_shaped('A', matrix, 2)} @ {self._name(name)}"))
+                terms.append((1.0, f"{_shaped('A', matrix, 2)} @ {self._known(name)}"))
         const, variance = _one(law.mean.const), _one(law.covariance)
         shown = _sum(terms, float(const) if const.numel() == 1 else None, self.latex)
         if const.numel() > 1 and bool(const.any()):
@@ -420,6 +433,8 @@ class Equations:
         self, name: str, chain: Chain, relevant: Sequence[str]
     ) -> str | None:
         """A chain of equal links: one rule, whatever its length."""
+        if len(chain.sites) < 3 and len(relevant) < 2:
+            return None
         # The first link matters only to who intervenes before it
         first = 0 if chain.head in relevant else 1
         steps, rule = self._where(chain, relevant)

@@ -85,6 +85,15 @@ class FiniteElimination(Elimination[FiniteGroup]):
             (self._alone[name],) = self.groups([name])
         return self._alone[name]
 
+    def covers(self, interventions: frozenset[str], known: Known) -> bool:
+        if not set(self.component.eliminated) <= self.structure.computed:
+            return True  # others cannot be computed in another way
+        return all(
+            bool((known[n].unsqueeze(-1) == self.supports[n]).any(-1).all())
+            for n in interventions
+            if n in self.component.eliminated
+        )
+
     def support(self, axis: str) -> Tensor:
         """The values that an axis stands for."""
         return self.supports[plain(axis)]

@@ -261,7 +261,7 @@ def cost_of(mechanism: Mechanism) -> Cost:
     numbers = sum(nonzero(c) for c in constants)
     numbers += len(mechanism.expression.constants) - len(constants)
     if mechanism.expression.multiplies:
-        operations = sum(nonzero(c) for c in constants if c.numel() > size)
+        operations = sum(nonzero(c) for c in constants if c.dim() > 1)
     else:
         operations = mechanism.expression.arithmetic * size
         operations += mechanism.expression.lookups * size
@@ -298,7 +298,8 @@ def _fused_cost(elimination: Elimination[Any]) -> Cost:
         if isinstance(law, GaussianLaw):
             terms = law.mean.terms.values()
             noise = nonzero(law.covariance)
-            numbers = sum(map(nonzero, terms)) + nonzero(law.mean.const) + noise
+            stored = [t for t in terms if t.numel() > 1 or float(t) != 1]
+            numbers = sum(map(nonzero, stored)) + nonzero(law.mean.const) + noise
             work = _work(list(terms), law.mean.const)
             total += Cost(1, draws if noise else 0, work, numbers)
         elif isinstance(law, Factor):

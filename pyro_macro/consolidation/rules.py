@@ -29,6 +29,7 @@ from pyro_macro.program.inner import Site
 from pyro_macro.program.tape import SITE, Leaf
 
 TRIALS = 16  # at which a rule is compared with the program
+SHORT, LONG = 20, 400  # operations that are worth, and not too many, to simplify
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +104,9 @@ class Formulas:
             for leaf in expression.leaves:
                 inside = leaf[0] == SITE and leaf[1] in through
                 symbols[leaf] = made[str(leaf[1])] if inside else self.symbol(leaf)
-            (made[at],) = symbolic(expression, symbols)
+            (value,) = symbolic(expression, symbols)
+            # What is short at each step stays short
+            made[at] = simplified(value) if SHORT < size(value) < LONG else value
             if at != name:
                 passed.add(at)
         return made[name], frozenset(passed)

@@ -27,7 +27,7 @@ from pyro_macro.program.tape import CAPTURED, Expression, Leaf, part_of
 
 CASES = 64  # of a number, at most
 ATOMS = 8  # of a formula that is simplified, at most
-NODES = 400  # of a value, at most
+NODES = 3000  # of a value, at most
 
 
 class NotSymbolic(Exception):
