@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -56,10 +56,19 @@ class Equations:
         self.structure, self.eliminations, self.rules = structure, eliminations, rules
         self.allowed, self.latex = allowed, latex
         self.formulas = Formulas(structure, names)
+        taken = set(structure.of)
+        self._k = next(x for x in _letters("k") if x not in taken)
+        self._v = next(x for x in _letters("v") if x not in taken)
         self._set: frozenset[str] = frozenset()  # by the law that is being written
 
     def lines(self) -> list[str]:
-        return [self._line(name) for name in self.structure.stays]
+        lines = [self._line(name) for name in self.structure.stays]
+        if not self.latex:
+            return lines
+        signs = ((" ~ ", r" \sim "), (" @ ", r" \cdot "), ("*", r" \cdot "))
+        for sign, written in signs:
+            lines = [line.replace(sign, written) for line in lines]
+        return lines
 
     def _line(self, name: str) -> str:
         site = self.structure.sites[name]
@@ -75,7 +84,9 @@ class Equations:
     def _name(self, name: str) -> str:
         if not self.latex:
             return name
-        escaped = re.sub(r"([_{}$&#%])", r"\\\1", name)
+        escaped = name.replace("\\", "\0")
+        escaped = re.sub(r"([_{}$&#%])", r"\\\1", escaped)
+        escaped = escaped.replace("\0", r"\backslash ")
         return rf"\mathrm{{{escaped}}}"
 
     def _known(self, name: str) -> str:
@@ -90,7 +101,10 @@ class Equations:
         return shown if re.fullmatch(r"[\w.\\{}]+", shown) else f"({shown})"
 
     def _do(self, name: str, value: Any = None) -> str:
-        what = self._name(name) if value is None else f"{self._name(name)} = {value}"
+        what = self._name(name)
+        if value is not None:
+            shown = rf"\text{{{value}}}" if self.latex else str(value)
+            what = f"{what} = {shown}"
         return rf"\mathrm{{do}}({what})" if self.latex else f"do({what})"
 
     def _words(self, text: str) -> str:
@@ -120,10 +134,20 @@ class Equations:
             values, _ = self._through(name, self.structure.computed)
             return f"{kind}({', '.join(self._value(v) for v in values)})"
         except NotSymbolic:
-            parents = ", ".join(map(self._name, mechanism.parents))
+            parents = ", ".join(map(self._name, self._behind(mechanism.parents)))
             return f"{kind}(...)" + (
                 f" {self._words('given')} {parents}" * bool(parents)
             )
+
+    def _behind(self, names: Iterable[str]) -> list[str]:
+        """Sites that stay, in place of those that are computed on the way."""
+        found: set[str] = set()
+        for name in names:
+            if name in self.structure.computed and name not in self.allowed.sites:
+                found |= self.structure.computed_from(name)
+            else:
+                found.add(name)
+        return self._ordered(found)
 
     def _through(self, name: str, computed: Collection[str]) -> tuple[list[Any], Any]:
         from pyro_macro.consolidation.symbolic import symbolic
@@ -152,8 +176,8 @@ class Equations:
                 (value,), _ = self._through(name, self.structure.computed)
                 shown = self._value(value)
         except NotSymbolic:
-            parents = ", ".join(map(self._name, self.structure.of[name].parents))
-            shown = f"f({parents})"
+            behind = self._behind(self.structure.of[name].parents)
+            shown = f"f({', '.join(map(self._name, behind))})"
         return f"{left} {self._under(name, shown)}{self._unless(name)}"
 
     def _under(self, name: str, shown: str) -> str:
@@ -317,9 +341,15 @@ class Equations:
         import networkx as nx
 
         above = nx.ancestors(self.structure.graph, name)
-        inside = set(elimination.component.eliminated) & behind & above
-        found = inside & self.allowed.sites
-        return sorted(found, key=self.structure.order.__getitem__)
+        allowed = set(elimination.component.eliminated) & self.allowed.sites
+        found = allowed & behind & above
+        # Causes of earlier sites change what these tell
+        plain = self._law(name, elimination, frozenset())
+        computed = self.structure.computed & self.allowed.sites
+        for site in (allowed | computed) - found:
+            if self._law(name, elimination, frozenset([site])) != plain:
+                found.add(site)
+        return self._ordered(found)
 
     def _last_wins(
         self, name: str, elimination: Elimination[Any], relevant: Sequence[str]
@@ -359,6 +389,7 @@ class Equations:
             mixed = name in elimination.general
             named = type(unwrapped(site.fn)).__name__
             kind = "mixture" if mixed else "table" if site.deterministic else named
+            kind = rf"\mathrm{{{kind}}}" if self.latex else kind
         return f"{kind}(...)" + (f" {self._words('given')} {given}" if given else "")
 
     def _before(self, one: str, other: str) -> bool:
@@ -393,7 +424,7 @@ class Equations:
         values = elimination.supports
         if torch.Size(plates).numel() > 1:
             given = ", ".join(map(self._name, axes))
-            return "table" + (f" {self._words('of')} {given}" if given else "")
+            return self._words("table") + (f" {self._words('of')} {given}" * bool(axes))
         shape = table.shape[:-1]
         if len(axes) == 1 and _is_identity(table):
             one, other = values[axes[0]].double(), values[name].double()
@@ -402,7 +433,8 @@ class Equations:
         rows = list(itertools.product(*map(range, shape)))
         if len(rows) * table.shape[-1] > 2 * CELLS:
             given = ", ".join(map(self._name, axes))
-            return f"table {self._words('of')} {given}, {table.numel()} numbers"
+            count = self._words(f"{table.numel()} numbers")
+            return f"{self._words('table of')} {given}, {count}"
         parts = []
         truth = values[name].tolist() == [0, 1]
         certain = bool(((table == 0) | (table == 1)).all())
@@ -417,7 +449,8 @@ class Equations:
                 shown = _number(float(probs[1]))
             parts.append(f"{shown} {self._words('if')} {condition}" if axes else shown)
         shown = ", ".join(parts)
-        return f"Bernoulli({shown})" if truth and not certain else shown
+        named = r"\mathrm{Bernoulli}" if self.latex else "Bernoulli"
+        return f"{named}({shown})" if truth and not certain else shown
 
     def _probabilities(self, probs: Tensor, values: Tensor) -> str:
         likely = int(probs.argmax())
@@ -427,7 +460,8 @@ class Equations:
             f"{_number(float(v))}: {_number(float(p))}"
             for v, p in zip(values, probs, strict=True)
         )
-        return f"one of {{{pairs}}}"
+        left, right = (r"\{", r"\}") if self.latex else ("{", "}")
+        return f"{self._words('one of')} {left}{pairs}{right}"
 
     def _chain_rule(
         self, name: str, chain: Chain, relevant: Sequence[str]
@@ -444,10 +478,12 @@ class Equations:
             if not same or tables.shape[1:-2].numel() > 1:
                 return None
             identity = _is_identity(tables[0].reshape(tables.shape[-2:]))
-            return f"v {rule}" if identity else None
+            return f"{self._v} {rule}" if identity else None
         sites = [chain.head, *chain.sites] if not first else chain.sites
         link = self._equal_links(chain, sites)
-        return None if link is None else f"{self._repeated(link, steps, 'v')} {rule}"
+        return (
+            None if link is None else f"{self._repeated(link, steps, self._v)} {rule}"
+        )
 
     def _repeated(self, link: tuple[Any, Any, Any], steps: str, start: str) -> str:
         """A number of equal links, from a start."""
@@ -461,7 +497,7 @@ class Equations:
                 shown += f" + {ratio}*(1 - {self._power(a, steps)})"
         if q != 0:
             sd = f"{self._factor(sympy.sqrt(q))}^2"
-            if a == 1:
+            if a in (1, -1):
                 shown += f" + N(0, {sd}*({steps}))"
             else:
                 twice = self._power(a, f"2*({steps})")
@@ -539,20 +575,25 @@ class Equations:
         if len(shown) > SHOWN:
             listed = f"{shown[0]}, {shown[1]}, ..., {shown[-1]}"
         brackets = (r"\{", r"\}") if self.latex else ("{", "}")
+        k, last = self._k, self._words("intervened on")
         if numbers is not None:
-            rule = f"where k is the last of {brackets[0]}{listed}{brackets[1]}"
-            return f"{end}-k", self._worded(f"{rule} intervened on")
+            where = self._words(f"where {k} is the last of")
+            rule = f"{where} {brackets[0]}{listed}{brackets[1]} {last}"
+            return f"{end}-{k}", rule
         places = {n: i for i, n in enumerate([chain.head, *chain.sites])}
-        shown = [f"{n} ({places[n]})" for n in relevant]
+        shown = [f"{self._name(n)} ({places[n]})" for n in relevant]
         listed = ", ".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
-        rule = (
-            f"where k of {len(chain.sites)} is the place of the last of "
-            f"{brackets[0]}{listed}{brackets[1]}"
+        where = self._words(
+            f"where {k} of {len(chain.sites)} is the place of the last of"
         )
-        return f"{len(chain.sites)}-k", self._worded(f"{rule} intervened on")
+        rule = f"{where} {brackets[0]}{listed}{brackets[1]} {last}"
+        return f"{len(chain.sites)}-{k}", rule
 
-    def _worded(self, text: str) -> str:
-        return rf"\text{{ {text}}}" if self.latex else text
+
+def _letters(first: str) -> Iterator[str]:
+    """A letter, and what to take if it is the name of a site."""
+    yield first
+    yield from (f"{first}{i}" for i in itertools.count(1))
 
 
 def _exact(value: float) -> Any:

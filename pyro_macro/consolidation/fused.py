@@ -432,7 +432,9 @@ class _Run:
         """The distribution that a site has by itself; a tensor if it is certain."""
         rule = self.prepared.rules.get(name)
         if rule is not None and not rule.requires & self.interventions:
-            return rule.at(self.known).to(self.of[name].site.value.dtype)
+            like = self.of[name].site
+            value = rule.at(self.known).to(like.value.dtype)
+            return value.expand(torch.broadcast_shapes(value.shape, like.event_shape))
         outputs = self.known.outputs(name)
         made = self.of[name].parts
         return outputs[0] if made is None else made.build(outputs)

@@ -164,7 +164,7 @@ class Prepared:
 
     def is_for(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether the program is the same for the values of other arguments."""
-        if not self.mechanisms.by_value:
+        if not self.mechanisms.by_value and self.relaxed is None:
             return True
         values = self.mechanisms.values
         given = arguments(args, kwargs)
@@ -250,6 +250,16 @@ class Prepared:
         return found
 
 
+def _met(name: str, elimination: Elimination[Any], plan: Any) -> Cost:
+    """What a site costs that is evaluated in each run; of a chain what is left of it."""
+    if name in plan.starts and elimination.chain_of(name).links is not None:
+        link = elimination.chain_of(name).after(plan.starts[name][0])
+        numbers = sum(nonzero(part) for part in vars(link).values())
+        return Cost(0, 0, numbers, numbers)
+    sites = elimination.behind(name, plan)
+    return sum((cost_of(elimination.structure.of[s]) for s in sites), Cost())
+
+
 def cost_of(mechanism: Mechanism) -> Cost:
     """What a site costs as the program has it."""
     site = mechanism.site
@@ -281,7 +291,7 @@ def _fused_cost(elimination: Elimination[Any]) -> Cost:
     """What the children of a component cost once their parents are eliminated."""
     total = Cost()
     plan = elimination.plan(frozenset())
-    of, sites = elimination.structure.of, elimination.structure.sites
+    sites = elimination.structure.sites
     # Deterministic children that become random share the randomness of their parents
     shared = sum(
         sites[n].shape.numel()
@@ -313,8 +323,7 @@ def _fused_cost(elimination: Elimination[Any]) -> Cost:
             looked_up = (0, 0) if copied else (len(law.axes) - 1, nonzero(probs))
             total += Cost(1, draws, *looked_up)
         else:
-            behind = [s for n in plan.stages[name] for s in elimination.behind(n, plan)]
-            parts = sum((cost_of(of[n]) for n in behind), Cost())
+            parts = sum((_met(n, elimination, plan) for n in plan.stages[name]), Cost())
             total += Cost(1, draws, parts.operations, parts.numbers)
     return total
 

@@ -49,7 +49,7 @@ class ConditionalDensity(torch.nn.Module):
         _refuse(site, has_parents)
         finite = None if site.deterministic else finite_values(site.fn)
         support = constraints.real if site.deterministic else site.fn.support
-        self.values = finite
+        self.values, self.is_real = finite, support is constraints.real
         self.map = None if finite is not None else biject_to(support)
         outputs = 3 * how.components if finite is None else len(finite)
         self.net = torch.nn.Sequential(
@@ -82,7 +82,7 @@ class ConditionalDensity(torch.nn.Module):
         components = dist.Normal((mean + spread * loc).to(dtype), scale)
         index = dist.Categorical(logits=logits.to(dtype))
         mixture = dist.MixtureSameFamily(index, components)
-        if self.map.codomain is constraints.real:  # type: ignore[union-attr]
+        if self.is_real:
             return mixture
         return dist.TransformedDistribution(mixture, [self.map])
 
@@ -169,11 +169,22 @@ def relax(prepared: Prepared, model: Model, how: Approximation) -> Relaxed:
     :raises UnsupportedLaw: for sites that are no single number.
     :raises Infeasible: if the distance on fresh draws is above what is accepted.
     """
+    if prepared.mechanisms.params:
+        raise UnsupportedLaw(
+            "consolidate, approximate: the model has parameters "
+            f"{sorted(prepared.mechanisms.params)}. What is learned holds for the "
+            "values they have now: fix them first, as arguments of the model."
+        )
+    with preserved_random_state(torch.device("cpu")):
+        return _learn(prepared, model, how)
+
+
+def _learn(prepared: Prepared, model: Model, how: Approximation) -> Relaxed:
+    torch.manual_seed(how.seed)
     relaxed = _planned(prepared, how)
     names = _needed(prepared, relaxed)
     allowed = list(relaxed.allowed)
-    with preserved_random_state(torch.device("cpu")), torch.enable_grad():
-        torch.manual_seed(how.seed)
+    with torch.enable_grad():
         settings, chosen = _settings(prepared, allowed, how)
         samples = _samples(model, names, settings, chosen, how.seed + 1)
         for name in (*names, *allowed):
