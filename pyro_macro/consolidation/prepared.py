@@ -251,7 +251,7 @@ class Prepared:
 
 
 def _met(name: str, elimination: Elimination[Any], plan: Any) -> Cost:
-    """What a site costs that is evaluated in each run; of a chain what is left of it."""
+    """What a site costs that is evaluated in each run, a chain as what is left."""
     if name in plan.starts and elimination.chain_of(name).links is not None:
         link = elimination.chain_of(name).after(plan.starts[name][0])
         numbers = sum(nonzero(part) for part in vars(link).values())

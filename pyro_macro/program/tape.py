@@ -218,7 +218,7 @@ class Tape(Tracker):
             changed = Node(_Changed(func), *template, None, None, trouble, kinked)
             setattr(args[0], self._node, changed)
             return result
-        if name == "__get__" and func is Tensor.data.__get__:  # type: ignore[attr-defined]
+        if name == "__get__" and func.__self__.__name__ == "data":
             func = torch.detach  # which has a value in each world, too
         trouble = "it writes to `out=`" if kwargs.get("out") is not None else None
         node = Node(func, *template, None, None, trouble, kinked)
