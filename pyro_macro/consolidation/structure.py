@@ -206,6 +206,11 @@ class Structure:
             if name in self.dropped:
                 continue
             together = [p for p in mechanism.parents if p in uncertain]
+            if name in uncertain and self._finite[name]:
+                plates = {f for f in self.sites[name].frames if f.vectorized}
+                for p in mechanism.parents:
+                    if p not in uncertain and self._is_told(p, plates):
+                        together += [q for q in self.of[p].parents if q in uncertain]
             if name in uncertain:
                 together.append(name)
             graph.add_edges_from(zip(together, together[1:], strict=False))
@@ -441,8 +446,27 @@ class Structure:
             return finite_values(site.fn) is not None
         plates = {f for f in site.frames if f.vectorized}
         return all(kind == SITE for kind, _ in self.of[name].expression.leaves) and all(
-            self._finite[p] if p in self._finite else self._is_axis(p, plates)
+            self._finite[p]
+            if p in self._finite
+            else self._is_axis(p, plates) or self._is_told(p, plates)
             for p in self.of[name].parents
+        )
+
+    def _is_told(self, name: str, plates: set) -> bool:
+        """Whether a deterministic site that stays tells of finite ones that do not."""
+        site, expression = self.sites[name], self.of[name].expression
+        if not site.deterministic or site.observed or len(site.event_shape):
+            return False
+        if {f for f in site.frames if f.vectorized} != plates:
+            return False
+        hidden = [p for p in expression.parents if p in self._finite]
+        return (
+            bool(hidden)
+            and all(kind == SITE for kind, _ in expression.leaves)
+            and all(
+                self._finite[p] if p in self._finite else self._is_axis(p, plates)
+                for p in expression.parents
+            )
         )
 
     def _finite_component(
