@@ -32,7 +32,9 @@ def fused_graph(prepared: Prepared) -> nx.DiGraph:
     for rule_name, rule in prepared.rules.items():
         sources = {str(which) for kind, which in rule.leaves.values() if kind == "site"}
         for parent in list(graph.predecessors(rule_name)):
-            if parent not in sources and parent not in allowed:
+            # What the formula goes through acts on it, once it is intervened on
+            known = {*sources, *allowed, *rule.requires}
+            if parent not in known:
                 graph.remove_edge(parent, rule_name)
         graph.add_edges_from(((s, rule_name) for s in sources), kind="causal")
     if prepared.structure is not None:

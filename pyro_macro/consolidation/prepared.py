@@ -316,9 +316,14 @@ def _fused_cost(elimination: Elimination[Any]) -> Cost:
             probs = law.table.exp()
             certain = bool(((probs == 0) | (probs == 1)).all())
             draws = 0 if certain and site.deterministic else draws
-            rows = probs.reshape(probs.shape[elimination.frame.depth :])
-            copied = len(law.axes) == 2 and torch.equal(
-                rows, torch.eye(*rows.shape[-2:], dtype=rows.dtype)
+            one = probs.shape[: elimination.frame.depth].numel() == 1
+            copied = (
+                one
+                and len(law.axes) == 2
+                and torch.equal(
+                    probs.reshape(probs.shape[-2:]),
+                    torch.eye(*probs.shape[-2:], dtype=probs.dtype),
+                )
             )
             looked_up = (0, 0) if copied else (len(law.axes) - 1, nonzero(probs))
             total += Cost(1, draws, *looked_up)

@@ -181,12 +181,12 @@ def _holds(rule: Rule, name: str, structure: Structure) -> bool:
             if mechanism.site.deterministic:
                 values[SITE, at] = mechanism.expression(values)[0]
         given = {n: values[leaf] for n, leaf in rule.leaves.items()}
+        expected = values[SITE, name]
         try:
             found = evaluated(rule.value, given)
+            found = found.to(expected.dtype).expand(expected.shape)
         except (NotSymbolic, TypeError, RuntimeError):
             return False
-        expected = values[SITE, name]
-        found = found.to(expected.dtype).expand(expected.shape)
         if not torch.allclose(found, expected, 1e-4, 1e-6, equal_nan=True):
             return False
     return True

@@ -7,6 +7,7 @@ Of random programs the random numbers are counted in a run, and the edges of the
 are found by listing paths.
 """
 
+import contextlib
 import itertools
 import random
 
@@ -132,6 +133,20 @@ def test_shared_noise_is_drawn_once(model, keep, draws):
     assert not cost.after.exceeds(cost.before)
 
 
+@pytest.mark.parametrize("keep", ["x", "y", "xy", "hy"])
+def test_tables_in_plates(keep):
+    def model():
+        with pyro.plate("plate", 3):
+            h = pyro.sample("h", dist.Bernoulli(torch.tensor([0.2, 0.5, 0.7])))
+            x = pyro.sample("x", dist.Bernoulli(0.1 + 0.5 * h))
+            pyro.sample("y", dist.Bernoulli(0.2 + 0.5 * x))
+
+    cost = pm.consolidate(model, list(keep)).cost
+    assert counts(cost.before) == (3, 9, 12)
+    assert (cost.after.equations, cost.after.draws) == (len(keep), 3 * len(keep))
+    assert cost.after.operations < 12
+
+
 def test_numbers_that_are_stored():
     """Without zeros: weights, offsets and scales."""
     cost = pm.consolidate(row, ["c"]).cost
@@ -198,6 +213,27 @@ def test_the_cost_does_not_depend_on_the_length(kind):
     assert costs[0].after == costs[1].after
     assert costs[0].before.equations + 30 == costs[1].before.equations
     assert costs[0].after.equations == len(keep)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_formulas_of_vectors(steps, wide):
+    """A number for all elements: the site has its shape all the same."""
+
+    def model():
+        with pyro.plate("plate", 2) if wide else contextlib.nullcontext():
+            b = pyro.sample("b", dist.Gamma(2.0, 1.0))
+            c = torch.tensor(1.0) + 1.0 * b
+            if steps == 2:
+                c = 2 * pyro.deterministic("c", c)
+            pyro.deterministic("d", c.unsqueeze(-1) * torch.ones(3), event_dim=1)
+
+    fused = pm.consolidate(model, ["b", "d"])
+    assert not fused.cost.after.exceeds(fused.cost.before)
+    nodes = poutine.trace(fused).get_trace().nodes
+    b, d = nodes["b"]["value"], nodes["d"]["value"]
+    assert d.shape == (2, 3)[1 - wide :]
+    assert torch.allclose(d, steps * (1 + b.unsqueeze(-1)).expand(d.shape))
 
 
 def test_a_product_of_more_numbers_than_its_factors_is_not_made():
@@ -496,6 +532,21 @@ def test_no_latent_cause_without_chance():
 
     graph = pm.consolidate(model, ["a", "x", "y"]).graph
     assert set(graph.edges) == {("a", "x"), ("a", "y")}
+
+
+def test_kept_sites_act_though_formulas_do_without_them():
+    """They can be intervened on."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.deterministic("b", 2 * a)
+        pyro.deterministic("c", 3 * b + a)
+
+    fused = pm.consolidate(model, ["a", "b", "c"])
+    done = poutine.do(fused, {"b": torch.tensor(0.0)})
+    nodes = poutine.trace(done).get_trace().nodes
+    assert nodes["c"]["value"] == nodes["a"]["value"]
+    assert {("a", "b"), ("b", "c")} <= set(fused.graph.edges)
 
 
 def test_interventions_act_past_one_another():

@@ -447,7 +447,7 @@ class Linear:
         self.weights, self.offsets, self.scales = {}, {}, {}
         for i, name in enumerate(self.names):
             few = draw.sample(self.names[:i], min(i, draw.randint(0, 3)))
-            self.weights[name] = {p: draw.choice([-2.0, -0.5, 0.5, 1.0]) for p in few}
+            self.weights[name] = {p: draw.choice([-2.0, -0.7, 0.6, 1.0]) for p in few}
             self.offsets[name] = draw.choice([0.0, 1.0, -2.0])
             certain = few and draw.random() < 0.2
             self.scales[name] = 0.0 if certain else draw.choice([0.5, 1.0, 2.0])

@@ -8,6 +8,7 @@ import itertools
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution
 
 from pyro_macro.program.parts import Parts, parts
 
@@ -30,6 +31,8 @@ def known():
         "scalar": dist.Normal(0.5, 2.0),
         "normal, expanded": dist.Normal(0.0, 1.0).expand([3]),
         "normal, twice": dist.Normal(zero(3), 1.0).expand([2, 3]).expand([4, 2, 3]),
+        "normal, wrapped": ExpandedDistribution(dist.Normal(0.0, 1.0), (3,)),
+        "normal, wrapped wider": ExpandedDistribution(dist.Normal(t(0.0), 1.0), (2, 3)),
         "event": dist.Normal(zero(2, 3), one(3)).to_event(1),
         "event, scale of each": dist.Normal(0.0, t(1.0, 2.0, 3.0)).to_event(1),
         "two event dimensions": dist.Normal(zero(2, 3), 1.0).to_event(2),
