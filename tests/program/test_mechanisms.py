@@ -763,7 +763,7 @@ def test_parameters_keep_their_values():
     pyro.param("w", torch.tensor(7.0))
     found = read_mechanisms(model)
     assert float(pyro.param("w").detach()) == 7.0
-    assert float(found.values["param", "w"]) == 7.0
+    assert float(found.values["param", "w"].detach()) == 7.0
 
 
 def test_arguments_are_not_changed():
