@@ -362,25 +362,6 @@ def test_observed_sites_have_their_density():
         assert density == pytest.approx(float(wanted), rel=0.2)
 
 
-def test_other_data_are_not_learned_anew(monkeypatch):
-    """As in training by batches: the law of a site is no function of its data."""
-
-    def model(y):
-        a = pyro.sample("a", dist.Gamma(2.0, 1.0))
-        pyro.sample("y", dist.Normal(a, 0.7), obs=y)
-
-    def refused(*args, **kwargs):
-        raise AssertionError("learned again")
-
-    how = pm.Approximation(0.9, **TINY)
-    args = (torch.tensor(1.5),)
-    fused = pm.consolidate(model, [], ["a"], approximate=how, model_args=args)
-    monkeypatch.setattr(torch.optim, "Adam", refused)
-    for y in (1.5, 0.0, -2.0):
-        nodes = poutine.trace(fused).get_trace(torch.tensor(y)).nodes
-        assert nodes["y"]["is_observed"] and nodes["y"]["value"] == y
-
-
 def test_a_program_that_branches():
     def model():
         a = pyro.sample("a", dist.Normal(0.0, 1.0))
