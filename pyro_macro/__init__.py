@@ -40,6 +40,7 @@ from pyro_macro.laws.sampled.chains import Chains, NotConverged
 from pyro_macro.laws.sampled.flow import Flow
 from pyro_macro.macro import MacroVariable
 from pyro_macro.plots import plot_adjustment, plot_confounding
+from pyro_macro.plots_fibre import plot_fibre
 from pyro_macro.questions.adjustment import NotAdjusted, macro_adjust
 from pyro_macro.questions.conditions import (
     NotAChain,
@@ -131,6 +132,7 @@ __all__ = [
     "paradox",
     "plot_adjustment",
     "plot_confounding",
+    "plot_fibre",
     "render",
     "shift_confounding",
     "shift_from_atomics",
