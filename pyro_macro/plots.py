@@ -15,11 +15,15 @@ from pyro_macro.reports import (
     PICTURES,
     AdjustmentReport,
     ConfoundingReport,
+    DoseResponse,
     EffectReport,
     FeasibilityReport,
     Outcomes,
 )
 
+# Told apart by colour-blind readers, and in print by their strokes
+COLORS = ["#4477AA", "#CC6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE"]
+STYLES = ["-", "--", "-.", ":"]
 SEEN, DONE, OTHER = "#4477AA", "#CC6677", "#228833"
 
 
@@ -216,6 +220,35 @@ def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
     return _finished(ax)
 
 
+def plot_dose_response(
+    report: DoseResponse, ax: Any = None, *, level: float = 0.8, labels: Any = None
+) -> Any:
+    """An effect along the macro values, a curve for each realization.
+
+    Means, and around them the band that holds the effect with probability ``level``.
+
+    :param ax: axes of matplotlib; new ones by default.
+    :param level: between 0 and 1.
+    :param labels: what to write at the axes, for instance with units: a pair, of the
+        macro value and of the effect; their names by default.
+    :returns: the axes.
+    """
+    ax = _axes(ax)
+    for i, curve in enumerate(report.curves):
+        low, high = (curve.quantile((1 + sign * level) / 2) for sign in (-1, 1))
+        at, mean, low, high = _numbers(report.at, curve.mean, low, high)
+        color, style = COLORS[i % len(COLORS)], STYLES[i % len(STYLES)]
+        ax.plot(at, mean, style, color=color, lw=1.8, label=curve.realization)
+        ax.fill_between(at, low, high, color=color, alpha=0.16, lw=0)
+    cause, effect = labels or (report.cause, report.effect)
+    ax.set_xlabel(cause)
+    ax.set_ylabel(effect)
+    ax.set_title(f"{report.effect} when {report.cause} is set, {level:.0%} bands")
+    ax.legend(frameon=False)
+    return _finished(ax)
+
+
+PICTURES[DoseResponse] = plot_dose_response
 PICTURES[ConfoundingReport] = plot_confounding
 PICTURES[AdjustmentReport] = plot_adjustment
 PICTURES[EffectReport] = plot_effect
