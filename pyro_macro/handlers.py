@@ -48,6 +48,7 @@ from pyro_macro.program.inner import (
     unwrapped,
 )
 from pyro_macro.program.layout import Layout
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization
 from pyro_macro.realizations.base import (
@@ -440,7 +441,7 @@ class _Setting(_Handler):
         state = target.state
         event_dim = macro.aggregation.event_dim
         split = value.dim() - event_dim
-        batch = torch.broadcast_shapes(value.shape[:split], state.layout.batch_shape)
+        batch = broadcast_shapes(value.shape[:split], state.layout.batch_shape)
         whole = value.expand(batch + value.shape[split:])
         fn = _deterministic(whole, event_dim)
         site = self._emit(msg, macro.name, fn, state.layout.frames, whole)
@@ -451,7 +452,7 @@ class _Setting(_Handler):
     def _latent(self, target: Target, msg: Message, causes: frozenset[Any]) -> Tensor:
         name = f"{target.state.macro.name}__micro"
         law, layout = target.realized.law, target.realized.layout
-        batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
+        batch = broadcast_shapes(law.batch_shape, layout.batch_shape)
         if batch != law.batch_shape:
             law = law.expand(batch)
         if causes and isinstance(law, MicroLaw):

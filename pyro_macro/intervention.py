@@ -128,8 +128,10 @@ class _Lookahead(InnerRun):
     real run finds them done. The others get private draws.
     """
 
-    def __init__(self, until: Iterable[str], micro: Iterable[str]) -> None:
-        super().__init__(set(until))
+    def __init__(
+        self, until: Iterable[str], micro: Iterable[str], shared: dict[str, Shared]
+    ) -> None:
+        super().__init__(set(until), shared)
         self.changed = set(micro)
         self.micro = frozenset(self.changed)
 
@@ -149,11 +151,12 @@ class Ahead:
         self,
         interventions: Interventions,
         model: tuple[Callable[..., Any], tuple, dict],
+        shared: dict[str, Shared] | None = None,
     ) -> None:
         self.interventions, self.run = interventions, model
         # What was consolidated does not tell what acts on what
         self.model = (structural(model[0]), *model[1:])
-        self.shared: dict[str, Shared] = {}
+        self.shared = {} if shared is None else shared  # executed already
         self.micro = {n: macro for macro in interventions for n in macro.micro}
 
     def targets(self) -> dict[str, Target]:
@@ -263,7 +266,7 @@ class Ahead:
                 until |= set(macro.micro)
         if not until:
             return {}
-        run = _Lookahead(until, self.micro)
+        run = _Lookahead(until, self.micro, self.shared)
         run.run(*self.run)
         self.shared = run.shared
         self.changed, self.sites, self.params = run.changed, run.sites, run.params

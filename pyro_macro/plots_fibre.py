@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -14,14 +14,13 @@ from torch import Tensor
 
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.macro import MacroVariable
-from pyro_macro.plots import _axes, _finished
-from pyro_macro.questions.fibres import FibreProgram, OnFibre
+from pyro_macro.plots import COLORS, axes_of, finished
+from pyro_macro.plots_plane import deep_axes, draw_plane
+from pyro_macro.questions.fibres import FibreProgram, OnFibre, extent
 from pyro_macro.realizations import Realization
 
-COLORS = ["#4477AA", "#CC6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE"]
 GREY, INK = "#999999", "#333333"
 FINE = 400  # steps along a line, and across a picture
-PARTS = 30  # steps across a plane, from its centre to a side
 TALL = 0.16  # the highest density, as a part of the picture
 MASSES = (0.5, 0.8, 0.95)  # inside of the contours of the model as it is
 
@@ -94,7 +93,7 @@ def plot_fibre(
         )
     found = {name: program.under(way) for name, way in ways.items()}
     if len(names) == 2:
-        own, ax = ax is None, _axes(ax)
+        own, ax = ax is None, axes_of(ax)
         _Lines(program, list(found.values()), ax).draw(found)
         if own:
             figure = ax.get_figure()
@@ -104,9 +103,9 @@ def plot_fibre(
         else:
             ax.legend(frameon=False)
     else:
-        ax = _deep_axes(ax)
+        ax = deep_axes(ax)
         ((name, only),) = found.items()
-        _draw_plane(program, name, only, ax)
+        draw_plane(program, name, only, ax)
         ax.set_zlabel(shown[2])
     ax.set_xlabel(shown[0])
     ax.set_ylabel(shown[1])
@@ -129,32 +128,6 @@ def _named(realization: Any) -> dict[str, Realization]:
     return {str(name): way for name, way in named.items()}
 
 
-def _labelled(name: str, found: OnFibre) -> str:
-    return name if found.exact else f"{name} (from draws)"
-
-
-def _highest(found: OnFibre) -> float:
-    """What is drawn as the largest density, which may be without bound at an end."""
-    assert found.density is not None
-    usual, high = found.density(found.draws[:1000]).quantile(_levels(0.5, 0.98))
-    return min(float(high), 3 * float(usual))
-
-
-def _levels(*levels: float) -> Tensor:
-    return torch.tensor(levels, dtype=torch.float64)
-
-
-def _extent(draws: Tensor, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Where nearly all draws are, up to the ends of the support that are near."""
-    low, high = draws.quantile(_levels(0.0005, 0.9995), 0)
-    gap = (high - low).clamp(min=1e-6)
-    near = (low - ends[0] < 0.3 * gap, ends[1] - high < 0.3 * gap)
-    return (
-        torch.where(near[0], ends[0], low - 0.08 * gap),
-        torch.where(near[1], ends[1], high + 0.08 * gap),
-    )
-
-
 class _Lines:
     """Fibres of micro states of two elements, and what stands on them."""
 
@@ -165,7 +138,7 @@ class _Lines:
         self.natural = program.natural()
         states = [f.states for f in found if f.states is not None]
         draws = torch.cat([self.natural, *(f.draws for f in found)])
-        low, high = _extent(draws, program.limits())
+        low, high = extent(draws, program.limits())
         self.low = torch.cat([low.unsqueeze(0), *states]).amin(0)
         self.high = torch.cat([high.unsqueeze(0), *states]).amax(0)
         width = self.high - self.low
@@ -175,7 +148,7 @@ class _Lines:
         along = torch.stack([program.weights[1], -program.weights[0]]) / seen
         across = torch.stack([-along[1], along[0]]) / along.norm()
         self.across = TALL * across.sum().sign() * across * seen
-        tops = [_highest(f) for f in found if f.density is not None]
+        tops = [f.highest for f in found if f.density is not None]
         self.tallest = max(tops, default=1.0)
 
     def draw(self, found: Mapping[str, OnFibre]) -> None:
@@ -187,8 +160,8 @@ class _Lines:
                 f"{self.program.macro.name} = {name}",
             )
             ax.plot(*line.T, color=INK, lw=1.0, ls=(0, (6, 3)), zorder=2, label=label)
-        for color, (name, way) in zip(_endless(COLORS), found.items(), strict=False):
-            label = _labelled(name, way)
+        for color, (name, way) in zip(cycle(COLORS), found.items(), strict=False):
+            label = way.labelled(name)
             if way.density is None:
                 self._points(way, color, label)
             else:
@@ -198,7 +171,7 @@ class _Lines:
         ax.set_ylim(float(self.low[1] - gap[1]), float(self.high[1] + gap[1]))
         if self.equal:
             ax.set_aspect("equal")
-        _finished(ax)
+        finished(ax)
 
     def _line(self, value: float) -> Tensor:
         """As much of a fibre as is within the picture, from end to end: ``(n, 2)``."""
@@ -260,100 +233,3 @@ class _Lines:
             linewidths=0.9,
         )
         ax.plot([], [], color=GREY, lw=0.9, label=label)
-
-
-def _endless(colors: Sequence[str]) -> Any:
-    while True:
-        yield from colors
-
-
-def _deep_axes(ax: Any) -> Any:
-    if ax is not None:
-        if not hasattr(ax, "set_zlabel"):
-            raise PyroMacroError(
-                "plot_fibre: ax has two dimensions, and the micro state three elements."
-                ' Expected axes made with subplot_kw={"projection": "3d"}.'
-            )
-        return ax
-    flat = _axes(None)  # says what is missing
-    figure = flat.get_figure()
-    flat.remove()
-    return figure.add_subplot(projection="3d")
-
-
-def _draw_plane(program: FibreProgram, name: str, way: OnFibre, ax: Any) -> None:
-    """A fibre of micro states of three elements, as far as the draws reach."""
-    from matplotlib.cm import ScalarMappable
-    from mpl_toolkits.mplot3d.art3d import Poly3DCollection
-
-    ends = program.limits()
-    low, high = _extent(way.draws, ends)
-    if way.states is not None:
-        low, high = _extent(torch.cat([way.states] * 2), ends)
-    if bool((low == ends[0]).all() & (program.weights > 0).all()):
-        # A triangle, whole
-        share = (way.value - program.weights @ low) / program.weights
-        high = torch.minimum(low + share, ends[1])
-    corners = _corners(program, way.value, low, high)
-    outline = Poly3DCollection([corners.numpy()], edgecolor=GREY, linewidth=0.8)
-    outline.set_facecolor("#99999922" if way.density is None else "none")
-    if way.density is None:
-        assert way.states is not None and way.probabilities is not None
-        areas = (20 + 400 * way.probabilities).numpy()
-        states = way.states.T.numpy()
-        ax.scatter(*states, s=areas, color=COLORS[0], lw=0, depthshade=False)
-    else:
-        triangles = _triangles(corners)
-        height = way.density(triangles.mean(1)) / _highest(way)
-        scale = ScalarMappable(cmap="YlGnBu")
-        scale.set_clim(0.0, 1.0)
-        colors = scale.to_rgba(height.numpy())
-        ax.add_collection3d(
-            Poly3DCollection(
-                triangles.numpy(), facecolors=colors, edgecolors=colors, linewidths=0.3
-            )
-        )
-        bar = ax.get_figure().colorbar(scale, ax=ax, shrink=0.6, pad=0.02)
-        bar.set_label("density, relative to the highest")
-    ax.add_collection3d(outline)
-    for i, axis in enumerate("xyz"):
-        getattr(ax, f"set_{axis}lim")(float(low[i]), float(high[i]))
-    ax.set_title(f"{_labelled(name, way)}: {program.macro.name} = {way.value:g}")
-    ax.view_init(elev=28, azim=40)
-    ax.set_box_aspect(None, zoom=0.82)  # room for what is written at the axes
-
-
-def _corners(program: FibreProgram, value: float, low: Tensor, high: Tensor) -> Tensor:
-    """Where a plane meets the edges of a box, around the middle: shape ``(c, 3)``."""
-    w, ends, near = program.weights, torch.stack([low, high]), 1e-9 * (high - low)
-    found: list[Tensor] = []
-    for axis in range(3):
-        others = [i for i in range(3) if i != axis]
-        for picks in product(range(2), repeat=2):
-            point = torch.empty(3, dtype=torch.float64)
-            point[others] = ends[picks, others]
-            point[axis] = (value - w[others] @ point[others]) / w[axis]
-            inside = low[axis] - near[axis] <= point[axis] <= high[axis] + near[axis]
-            # At a corner of the box three edges meet
-            known = any(bool(((p - point).abs() <= 2 * near).all()) for p in found)
-            if inside and not known:
-                found.append(point)
-    corners = torch.stack(found)
-    inside = corners - corners.mean(0)
-    basis = torch.linalg.svd(inside, full_matrices=False).Vh[:2]
-    flat = inside @ basis.mT
-    return corners[torch.atan2(flat[:, 1], flat[:, 0]).argsort()]
-
-
-def _triangles(corners: Tensor) -> Tensor:
-    """A polygon in small triangles: shape ``(t, 3, 3)``."""
-    middle, parts = corners.mean(0), []
-    for a, b in zip(corners, corners.roll(-1, 0), strict=True):
-        u, v = (a - middle) / PARTS, (b - middle) / PARTS
-        for i, j in product(range(PARTS), repeat=2):
-            at = middle + i * u + j * v
-            if i + j < PARTS:
-                parts.append(torch.stack([at, at + u, at + v]))
-            if i + j < PARTS - 1:
-                parts.append(torch.stack([at + u, at + u + v, at + v]))
-    return torch.stack(parts)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Row = dict[str, Any]
@@ -520,3 +521,69 @@ class EffectReport(Report):
     def rows(self) -> list[Row]:
         columns = {"mean": self.mean, "variance": self.variance}
         return table(self.cause, self.at, columns)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curve:
+    """One realization's effect along the macro values.
+
+    :ivar realization: its name.
+    :ivar mean: of the effect, shape ``(n,)`` and then its own.
+    :ivar variance: the same.
+    :ivar method: how it is known.
+    :ivar outcomes: the whole laws.
+    """
+
+    realization: str
+    mean: Tensor
+    variance: Tensor
+    method: str
+    outcomes: Outcomes
+
+    def quantile(self, level: float) -> Tensor:
+        """A quantile of the effect at each macro value, shape ``(n,)``."""
+        laws = self.outcomes
+        if laws.draws is not None:
+            return laws.draws.double().quantile(level, dim=-1)
+        if laws.values is not None and laws.weights is not None:
+            values, order = laws.values.sort()
+            reached = laws.weights[:, order].cumsum(-1) >= level - 1e-12
+            return values[reached.int().argmax(-1)]
+        step = torch.special.ndtri(torch.tensor(level, dtype=torch.float64))
+        return self.mean + step * self.variance.clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DoseResponse(Report):
+    """What setting a macro-variable does to an effect, by realization.
+
+    :ivar cause: the name of the macro-variable.
+    :ivar effect: the name of the effect.
+    :ivar at: the macro values, shape ``(n,)``.
+    :ivar curves: one for each realization.
+    """
+
+    cause: str
+    effect: str
+    at: Tensor
+    curves: tuple[Curve, ...]
+
+    def __getitem__(self, realization: str) -> Curve:
+        for curve in self.curves:
+            if curve.realization == realization:
+                return curve
+        known = [curve.realization for curve in self.curves]
+        raise KeyError(f"{realization!r}: expected one of {known}.")
+
+    def summary(self) -> str:
+        lines = [f"What setting {self.cause} does to {self.effect}."]
+        lines += [f"{curve.realization}: {curve.method}." for curve in self.curves]
+        return "\n".join(lines)
+
+    def rows(self) -> list[Row]:
+        rows: list[Row] = []
+        for curve in self.curves:
+            columns = {"mean": curve.mean, "variance": curve.variance}
+            for row in table(self.cause, self.at, columns):
+                rows.append({"realization": curve.realization, **row})
+        return rows

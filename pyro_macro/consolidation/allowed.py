@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_macro.errors import InterventionNotAllowed, PyroMacroError, UnknownSite
 from pyro_macro.program.inner import InnerRun, Site
+from pyro_macro.program.shapes import broadcast_shapes
 
 Allow = Collection[Any]
 
@@ -264,7 +265,7 @@ def as_value(name: str, value: Any, site: Site) -> Tensor:
     plates = site.shape[: len(site.shape) - len(event)]
     batch = found.shape[: found.dim() - len(event)]
     try:
-        torch.broadcast_shapes(batch, plates)
+        broadcast_shapes(batch, plates)
     except RuntimeError:
         raise InterventionNotAllowed(
             f"do({name} = ...): found a value of shape {tuple(found.shape)}, which "

@@ -31,6 +31,7 @@ from pyro_macro.errors import (
 from pyro_macro.laws.finite.configurations import finite_values, log_table
 from pyro_macro.laws.finite.sums import NEVER
 from pyro_macro.program.mechanisms import Mechanism
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.tape import Leaf
 
 STATIC = 1 << 16  # cells of a table of a law that is kept, at most
@@ -409,7 +410,7 @@ class FiniteRun(Eliminating):
             tensor = tensor[0] if size is None else worlds.behind(tensor, 1 + event)
             tensors.append(trimmed(tensor, 1 + event, site))
         components = made.build(tensors)
-        shape = torch.broadcast_shapes(weights.shape, components.batch_shape)
+        shape = broadcast_shapes(weights.shape, components.batch_shape)
         components = components.expand(shape)
         self._mixed = parents, components
         floats = [t.dtype for t in tensors if t.is_floating_point()]

@@ -17,6 +17,7 @@ from pyro_macro.laws.quantity import Quantity, Thing, names_of
 from pyro_macro.laws.upstream import Upstream
 from pyro_macro.program.inner import Shared
 from pyro_macro.program.layout import Layout
+from pyro_macro.program.shapes import broadcast_shapes
 
 Model = tuple[Callable[..., Any], tuple, dict]
 
@@ -140,6 +141,6 @@ def over_grid(law: Any, layout: Layout, depth: int) -> Any:
     :param layout: of its vector.
     :param depth: the number of dimensions that plates may take.
     """
-    batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
+    batch = broadcast_shapes(law.batch_shape, layout.batch_shape)
     batch = torch.Size((1,) * (depth + 1 - len(batch))) + batch
     return law if batch == law.batch_shape else law.expand(batch)

@@ -39,6 +39,7 @@ from torch.distributions import Transform
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_macro.errors import PyroMacroError
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.tracking import NOISE, Tracker, kinks, site_names
 
 
@@ -111,7 +112,7 @@ class Site:
                 shape = value.shape[min(depth, value.dim()) :]
         return shape
 
-    @property
+    @functools.cached_property
     def shape(self) -> torch.Size:
         """Of its value, of the size of the plates around it."""
         return self.expanded(self.value).shape
@@ -123,7 +124,7 @@ class Site:
         depth = max((-dim for dim in sizes), default=0)
         plates = tuple(sizes.get(dim, 1) for dim in range(-depth, 0))
         batch = value.shape[: value.dim() - len(event)]
-        return value.expand(torch.broadcast_shapes(batch, plates) + event)
+        return value.expand(broadcast_shapes(batch, plates) + event)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +133,14 @@ class Shared:
 
     :ivar outside: sizes, by dimension, that its value has from outside of the model:
         from plates around it, as of posterior samples, or from enumeration.
+    :ivar again: executes it once more, where that needs no program: of a plate that
+        is not subsampled.
     """
 
     value: Any
     is_observed: bool = False
     outside: dict[int, int] = field(default_factory=dict)
+    again: Callable[[], Shared] | None = None
 
 
 class Halt(BaseException):
@@ -306,6 +310,7 @@ class InnerRun(Messenger):
         self._sites: dict[int, Site] = {}
         self._noisy: dict[int, bool] = {}
         self._private: set[str] = set()
+        self._plates: dict[int, Callable[[], Shared] | None] = {}
 
     @property
     def sets(self) -> Collection[str]:
@@ -338,6 +343,7 @@ class InnerRun(Messenger):
             if name in self.shared:
                 replay(msg, self.shared[name])
             else:
+                self._plates[id(msg)] = _whole_plate(name, msg)
                 self._show(msg, name)
             return
         if site_is_factor(msg):
@@ -386,7 +392,8 @@ class InnerRun(Messenger):
         site = self._sites.pop(id(msg), None)
         if name is not None:
             observed = bool(msg.get("is_observed"))
-            self.shared[name] = Shared(msg["value"], observed, _outside(msg, site))
+            again, outside = self._plates.pop(id(msg), None), _outside(msg, site)
+            self.shared[name] = Shared(msg["value"], observed, outside, again)
         if site is None:
             return
         self.sites[site.name] = site.with_value(msg)
@@ -425,6 +432,19 @@ class ValuedRun(InnerRun):
     def otherwise(self, site: Site) -> torch.Tensor:
         """The value of a random site that is not given one."""
         raise NotImplementedError
+
+
+def _whole_plate(name: str, msg: Message) -> Callable[[], Shared] | None:
+    """Executes the statement of a plate again, if it is not subsampled."""
+    fn: Any = msg["fn"]
+    if fn.subsample_size not in (None, fn.size) or msg["value"] is not None:
+        return None
+
+    def execute() -> Shared:
+        plate = pyro.plate(name, fn.size, fn.subsample_size, device=fn.device)
+        return Shared(plate._indices, again=execute)
+
+    return execute
 
 
 def _outside(msg: Message, site: Site | None) -> dict[int, int]:

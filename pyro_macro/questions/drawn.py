@@ -54,7 +54,7 @@ def drawn_report(
     at = question.values(at)
     natural = not question.common_causes
     seen = _observed(question, sampler, at)
-    done = _under(question, sampler, realization, at)
+    done = draws_under(question, sampler, realization, at)
     n, size = len(at), effect.size
     question.refuse_nan(torch.cat([seen.flatten(), done.flatten()]))
     flat = [d.transpose(1, 2).reshape(n * size, -1) for d in (seen, done)]
@@ -133,7 +133,7 @@ def _observed(question: Question, sampler: Sampler, at: Tensor) -> Tensor:
     else:
         found = _if_known(sampler, at, quantities)
         if found is None:
-            return _under(question, sampler, Natural, at)
+            return draws_under(question, sampler, Natural, at)
     if found is None:
         raise UnsupportedLaw(
             f"{question.what}: hardly any draw could be made of the program given "
@@ -166,14 +166,26 @@ def _natural(
     return [question.cut.as_values(parts) for parts in each]
 
 
-def _under(
-    question: Question, sampler: Sampler, realization: Realizing, at: Tensor
+def draws_under(
+    question: Question,
+    sampler: Sampler,
+    realization: Realizing,
+    at: Tensor,
+    common: bool = False,
 ) -> Tensor:
-    """Draws of the effect when the macro value is set: ``(n, N, size)``."""
+    """Draws of the effect when the macro value is set: ``(n, N, size)``.
+
+    :param common: whether random numbers are the same for all macro values, where all
+        are drawn in one run.
+    """
     effect = question.cut.others["effect"]
     instance = question.instance(realization, at)
     states = None
-    if is_natural(instance) and not instance.given:
+    if (
+        is_natural(instance)
+        and not instance.given
+        and not (common and _is_exact(question, realization, at))
+    ):
         states = _natural(question, sampler, at)
     if states is None:
         states = _from_chains(question, realization, instance, at)
@@ -184,13 +196,22 @@ def _under(
         {question.cause: question.instance(realization, at, draws=True)},
     )
     if sampler.is_vectorized(fn, len(at)):
-        return sampler.draw(fn, effect, grid=len(at))[0]
+        return sampler.draw(fn, effect, grid=len(at), common=common)[0]
     parts = []
     for value in at:
         one = question.instance(realization, value, alone=True)
         fn = macro_do(question.model[0], {question.cause: one})
         parts.append(sampler.draw(fn, effect)[0])
     return torch.stack(parts)
+
+
+def _is_exact(question: Question, realization: Realizing, at: Tensor) -> bool:
+    """Whether the law of the micro state is known exactly."""
+    try:
+        laws = [r.law for r in question.realized(realization, at)]
+    except UnsupportedLaw:
+        return False
+    return all(getattr(law, "method", "").startswith("exact") for law in laws)
 
 
 def _from_chains(

@@ -56,6 +56,17 @@ class OnFibre:
     density: Density | None
     exact: bool
 
+    def labelled(self, name: str) -> str:
+        """Its name, and whether it is estimated."""
+        return name if self.exact else f"{name} (from draws)"
+
+    @property
+    def highest(self) -> float:
+        """What counts as the largest density: it may be without bound at an end."""
+        assert self.density is not None
+        usual, high = self.density(self.draws[:1000]).quantile(_levels(0.5, 0.98))
+        return min(float(high), 3 * float(usual))
+
 
 class FibreProgram:
     """A model whose micro states are drawn, as they are and as they are set.
@@ -211,6 +222,21 @@ class _Law:
             return None
         states = self.law.enumerate_support().double()
         return states.reshape(-1, states.shape[-1])
+
+
+def extent(draws: Tensor, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Where nearly all draws are, up to the ends of the supports that are near."""
+    low, high = draws.quantile(_levels(0.0005, 0.9995), 0)
+    gap = (high - low).clamp(min=1e-6)
+    near = (low - ends[0] < 0.3 * gap, ends[1] - high < 0.3 * gap)
+    return (
+        torch.where(near[0], ends[0], low - 0.08 * gap),
+        torch.where(near[1], ends[1], high + 0.08 * gap),
+    )
+
+
+def _levels(*levels: float) -> Tensor:
+    return torch.tensor(levels, dtype=torch.float64)
 
 
 def _random_sites(model: Model) -> list[str]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
+from pyro_macro.grid import grid as grid_plate
 from pyro_macro.laws.cut import Cut, Model
 from pyro_macro.laws.quantity import Quantity
 from pyro_macro.program.inner import (
@@ -55,6 +56,7 @@ class Sampler:
         quantities: Sequence[Quantity],
         grid: int | None = None,
         count: int | None = None,
+        common: bool = False,
     ) -> list[Tensor]:
         """Draws from ``fn``, the program or an intervention on it.
 
@@ -70,7 +72,7 @@ class Sampler:
         vectorized = self.is_vectorized(fn, grid)
         with self.unseen():
             if vectorized:
-                values = self.values(self.within(fn, lead))
+                values = self.values(self.within(fn, lead, common))
                 return [q.of(values, lead, self.depth) for q in quantities]
             return self._apart((fn for _ in range(count)), count, quantities)
 
@@ -156,15 +158,17 @@ class Sampler:
         return stack
 
     def within(
-        self, fn: Callable[..., Any], lead: Sequence[int]
+        self, fn: Callable[..., Any], lead: Sequence[int], common: bool = False
     ) -> Callable[[], poutine.Trace]:
         args, kwargs = self.model[1:]
+        outermost = len(lead) - 1
 
         def run() -> poutine.Trace:
             with ExitStack() as stack:
                 for i, size in enumerate(reversed(lead)):
                     dim = -self.depth - 1 - i
-                    stack.enter_context(pyro.plate(f"_lead_{i}", size, dim=dim))
+                    plate = grid_plate if common and i == outermost else pyro.plate
+                    stack.enter_context(plate(f"_lead_{i}", size, dim=dim))
                 return poutine.trace(fn).get_trace(*args, **kwargs)
 
         return run

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_macro.laws.sampled.chains import Chains
 from pyro_macro.laws.sampled.flow import Flow
 from pyro_macro.macro import MacroVariable
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.realizations.base import (
     Given,
     MicroState,
@@ -87,7 +88,7 @@ class Natural(Realization):
             value = torch.as_tensor(realization.value)  # type: ignore[attr-defined]
             value = value if value.is_floating_point() else value.float()
             values.append(value if macro.aggregation.event_dim else value.unsqueeze(-1))
-        batch = torch.broadcast_shapes(*(v.shape[:-1] for v in values))
+        batch = broadcast_shapes(*(v.shape[:-1] for v in values))
         whole = torch.cat([v.expand(batch + v.shape[-1:]) for v in values], -1)
         return Natural(whole, self.given, self.sampler)
 
