@@ -12,7 +12,7 @@ sys.path[:0] = [str(HERE / "extensions"), str(HERE.parent)]
 
 import pyro_macro  # noqa: E402
 
-# Notebooks are shown as they are stored, executed; `make notebooks` executes them afresh
+# Notebooks are shown as they are stored; `make notebooks` executes them afresh
 shutil.copytree(
     HERE.parent / "tutorials",
     HERE / "tutorials",

@@ -34,7 +34,7 @@ def plot_fibre(
     labels: Sequence[str] | None = None,
     model_args: tuple = (),
     model_kwargs: dict[str, Any] | None = None,
-    num_samples: int = 10_000,
+    num_samples: int = 20_000,
     seed: int = 0,
 ) -> Any:
     """A micro-realization on its fibre, for micro states of two or three elements.
@@ -215,7 +215,7 @@ class _Lines:
             for low, high in zip(self.low, self.high, strict=True)
         ]
         draws = self.natural
-        width = draws.std(0) * len(draws) ** (-1 / 6)
+        width = 1.3 * draws.std(0) * len(draws) ** (-1 / 6)
         x, y = (
             (-0.5 * ((grid.unsqueeze(-1) - draws[:, i]) / width[i]).square()).exp()
             for i, grid in enumerate(grids)

@@ -187,7 +187,7 @@ class FibreProgram:
         """A density on a fibre, in all elements but the last, by Gaussian kernels."""
         free = draws[:KERNELS, :-1]
         n, d = free.shape
-        covariance = torch.cov(free.T).reshape(d, d) * n ** (-2 / (d + 4))
+        covariance = 1.5 * torch.cov(free.T).reshape(d, d) * n ** (-2 / (d + 4))
         whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).mT
         centres = free @ whiten
         factor = float(torch.linalg.det(whiten).abs()) / (n * (2 * pi) ** (d / 2))
