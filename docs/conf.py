@@ -50,4 +50,6 @@ html_theme = "furo"
 html_title = f"pyro_macro {version}"
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 pygments_style, pygments_dark_style = "friendly", "monokai"
