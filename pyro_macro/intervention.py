@@ -21,6 +21,7 @@ from torch.distributions import biject_to
 
 from pyro_macro.aggregation.stacked import Stacked
 from pyro_macro.errors import PyroMacroError, UnknownSite, UnsupportedLaw
+from pyro_macro.grid import CommonNoise
 from pyro_macro.laws.base import MicroLaw
 from pyro_macro.laws.gaussian.law import GaussianProgram
 from pyro_macro.laws.upstream import Evidence
@@ -36,7 +37,7 @@ from pyro_macro.program.layout import Layout
 from pyro_macro.program.reading import draw, refuse_fused, structural
 from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization, Realized
-from pyro_macro.realizations.base import common
+from pyro_macro.realizations.base import as_like, common
 from pyro_macro.reports import Description
 from pyro_macro.units import Interventions, Unit, groups, units, value_of
 
@@ -319,7 +320,7 @@ class Ahead:
                     f"{what}: {macro.name!r} is shifted, not set to a value, in the "
                     "same macro_do. Nest two macro_do instead."
                 )
-            value = torch.as_tensor(number).to(like)
+            value = as_like(number, like)
         return Evidence.of_macro(macro, layout, value)
 
 
@@ -331,6 +332,12 @@ def refuse_unfit(macro: MacroVariable, site: Site) -> None:
             f"{what}: micro site {site.name!r} is already set by a macro_do inside. "
             "Two interventions need disjoint micro sites: drop one, or state a single "
             "realization for both."
+        )
+    if isinstance(site.fn, CommonNoise):
+        raise PyroMacroError(
+            f"{what}: micro site {site.name!r} is inside a grid that is inside of "
+            "macro_do. A grid is for macro values, and goes outside: "
+            "`with pm.grid(...): intervened_model()`."
         )
     if site.observed:
         raise PyroMacroError(

@@ -254,6 +254,8 @@ def as_value(name: str, value: Any, site: Site) -> Tensor:
         )
     like = site.value
     found = torch.as_tensor(value, device=like.device)
+    if isinstance(value, float) and like.is_floating_point():
+        found = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     event = tuple(site.event_shape)
     if event and tuple(found.shape[found.dim() - len(event) :]) != event:
         if found.dim():
