@@ -91,8 +91,10 @@ class Cut(Upstream):
         """Whether anything that is asked about depends on parameters with gradients."""
         if not torch.is_grad_enabled():
             return False
-        sites = self.probes[0].sites
-        return any(sites[name].value.requires_grad for name in self.names)
+        probe = self.probes[0]
+        # What is set is a leaf; what it would have been may have derivatives
+        found = {n: s.value for n, s in probe.sites.items()} | probe.expressions
+        return any(found[name].requires_grad for name in self.names)
 
     def _refuse_factors(self) -> None:
         """An error if factors weigh what is asked about: they are observations."""

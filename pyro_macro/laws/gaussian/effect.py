@@ -104,7 +104,9 @@ class AffineEffect:
             self.loadings.append(self._plain(loading))
             self.own.append(own)
             self._coefficients.append(own + through)
-            means.append(self._plain(row))
+            # The micro state that was set is a leaf: its own derivatives go on from there
+            onward = self.loadings[-1] @ (self.loc - self.loc.detach())
+            means.append(self._plain(row) + onward)
         self._means = means
         self._check(state, rows[1:])
 
