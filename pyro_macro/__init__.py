@@ -71,6 +71,7 @@ from pyro_macro.realizations import (
     Residual,
     Shift,
 )
+from pyro_macro.sharding.plate import sharded_plate
 
 __version__ = "0.1.0"
 
@@ -132,6 +133,7 @@ __all__ = [
     "plot_adjustment",
     "plot_confounding",
     "render",
+    "sharded_plate",
     "shift_confounding",
     "shift_from_atomics",
     "structural_coefficient",

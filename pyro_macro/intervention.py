@@ -35,7 +35,7 @@ from pyro_macro.program.layout import Layout
 from pyro_macro.program.reading import draw, refuse_fused, structural
 from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization, Realized
-from pyro_macro.realizations.base import common
+from pyro_macro.realizations.base import common, refuse_apart
 from pyro_macro.reports import Description
 from pyro_macro.units import Interventions, Unit, groups, units, value_of
 
@@ -59,6 +59,7 @@ class Target:
         self.met: set[str] = set()
         self.group = [self]
         self._set(state)
+        refuse_apart(unit.realization, state)
         if later is None:
             self.realized: Realized = unit.realization.realize(state)
 
@@ -84,14 +85,14 @@ class Target:
             try:
                 free = biject_to(law.support).inverse_shape(law.event_shape)[-1]
             except (UnsupportedLaw, NotImplementedError):
-                free = layout.size - 1
+                free = layout.full_size - 1
         return Description(
             macro=", ".join(m.name for m in self.unit.members),
             realization=type(self.unit.realization).__name__,
             law=type(unwrapped(law)).__name__,
             exact=point or not known or method.startswith("exact"),
             method="a point" if point else method,
-            elements=layout.size,
+            elements=layout.full_size,
             free=free,
             cost="none" if point else law.cost if known else "that of its own draws",
         )

@@ -16,7 +16,7 @@ from torch import Size, Tensor
 
 from pyro_macro.errors import NotAMicroState, UnsupportedLaw
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import Shared
+from pyro_macro.program.inner import Shared, shards_of
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.noise import NoiseRun
 from pyro_macro.program.reading import dependence
@@ -48,7 +48,14 @@ class Evidence:
         """A macro value, as something known.
 
         :param layout: of its micro state.
+        :raises UnsupportedLaw: if that lies on several ranks.
         """
+        if layout.shards is not None:
+            raise UnsupportedLaw(
+                f"macro-variable {macro.name!r} is aggregated over {layout.shards!r}, "
+                "which is split over ranks, and what else follows from its value is "
+                "not known there. Set it alone, or use a plain plate on one process."
+            )
         return cls(
             name=macro.name,
             of=lambda run: macro.aggregation(
@@ -66,9 +73,10 @@ def refuse_parts(frames: Sequence[Any], what: str) -> None:
     """An error if plates whose slots are dependent run over a part only."""
     for frame in frames:
         if frame.full_size not in (None, frame.size):
+            how = "subsampled" if shards_of(frame) is None else "split over ranks"
             raise UnsupportedLaw(
                 f"{what}: the micro states along plate {frame.name!r} are dependent, "
-                "through sites outside of it, and the plate is subsampled. Hold these "
+                f"through sites outside of it, and the plate is {how}. Hold these "
                 "sites with given=[...], or run the plate whole."
             )
 
