@@ -10,7 +10,7 @@ seed of its own: who draws it, and beside which others, makes no difference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -68,6 +68,12 @@ class Shards:
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over ranks of what each has, element by element; differentiable."""
         return self.ranks.sum(tensor, f"plate {self.name!r} of {self.size} slots")
+
+    def sums(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The sums over ranks of several tensors of one dtype, in one message."""
+        flat = self.sum(torch.cat([tensor.flatten() for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [p.reshape(t.shape) for p, t in zip(parts, tensors, strict=True)]
 
     def seeds(self) -> Iterator[int]:
         """A seed for each block of this rank, of one draw."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -165,9 +166,14 @@ class Shared(Covariance):
     def __init__(self, base: Covariance, factor: Tensor) -> None:
         self.base, self.factor, self.shards = base, factor, base.shards
         self._solved = base.solve(factor)  # C^-1 F
-        inner = self.sign * self.across(factor.mT @ self._solved)  # (..., r, r)
+        if self.shards is None:
+            _ = self._cholesky
+
+    @cached_property
+    def _cholesky(self) -> Tensor:
+        inner = self.sign * self.across(self.factor.mT @ self._solved)  # (..., r, r)
         identity = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
-        self._cholesky = torch.linalg.cholesky(identity + inner)
+        return torch.linalg.cholesky(identity + inner)
 
     def across(self, contraction: Tensor) -> Tensor:
         return self.base.across(contraction)
@@ -216,6 +222,10 @@ class Explained(Shared):
     """
 
     sign = -1
+
+    def __init__(self, base: Covariance, factor: Tensor) -> None:
+        super().__init__(base, factor)
+        _ = self._cholesky  # here, and in this dtype, it may fail
 
     def colour(self, noise: Tensor) -> Tensor:
         # Draw the elements, then the known quantities given them, and take out what

@@ -20,8 +20,13 @@ from torch import Size, Tensor
 
 from pyro_macro.errors import UnsupportedLaw
 from pyro_macro.laws.base import MicroFibre
-from pyro_macro.laws.gaussian.covariance import Covariance, Shared, add_product
-from pyro_macro.laws.gaussian.fibre import NaturalNormal
+from pyro_macro.laws.gaussian.covariance import (
+    Covariance,
+    Dense,
+    Shared,
+    add_product,
+)
+from pyro_macro.laws.gaussian.fibre import FibreDistribution, NaturalNormal
 from pyro_macro.laws.gaussian.structure import Structure
 from pyro_macro.laws.upstream import Evidence
 from pyro_macro.program.inner import shards_of
@@ -118,17 +123,30 @@ class ShardedStructure(Structure):
 class ShardedNatural(NaturalNormal):
     """``P(X | rows @ X = value)`` of elements that lie on several ranks.
 
-    A draw takes one sum over the ranks, of ``rows @ x``. The log density is that of the
-    whole micro state, the same number on all ranks, with the last element that counts
-    solved for.
+    A draw takes one message, of ``rows @ x`` and, for the first draw, of what makes up
+    ``rows C rows'``. The log density is that of the whole micro state, the same number
+    on all ranks, with the last element that counts solved for.
 
+    :param loc: of the elements of this rank, shape ``batch + (K,)``, in float64.
+    :param covariance: a :class:`Sharded` one, and what its elements share.
     :param rows: the weights of the elements of this rank, shape ``(m, K)``; no element
         counts in two of them.
+    :param value: shape ``batch + (m,)``.
+    :param pivots: not used: one rank alone cannot choose them.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args[:4], torch.empty(0, dtype=torch.long), **kwargs)
+    def __init__(
+        self,
+        loc: Tensor,
+        covariance: Covariance,
+        rows: Tensor,
+        value: Tensor,
+        pivots: Tensor | None = None,
+    ) -> None:
+        none = torch.empty(0, dtype=torch.long, device=rows.device)
+        FibreDistribution.__init__(self, loc, covariance, rows, value, none)
         self._draws: list[weakref.ref[Tensor]] = []  # those of its copies too
+        self._solved: tuple[Dense, Tensor] | None = None
 
     def has_drawn(self, draw: Tensor) -> bool:
         """Whether this is a draw of its own, which is on the fibre."""
@@ -139,13 +157,55 @@ class ShardedNatural(NaturalNormal):
         self._draws[:] = [weakref.ref(draw)]
         return draw
 
-    def _miss(self, x: Tensor) -> Tensor:
-        # In float64: what is lost here is missed by the total
-        total = x.double() @ self.rows.double().mT
-        return (self.value.double() - self.covariance.across(total)).to(x.dtype)
+    @property
+    def total(self) -> Dense:  # type: ignore[override]
+        """The covariance of ``rows @ X``."""
+        return self._exact._with([])[0]
+
+    @property
+    def gain(self) -> Tensor:  # type: ignore[override]
+        """The natural direction of the elements of this rank."""
+        return self._exact._with([])[1]
+
+    @property
+    def _exact(self) -> ShardedNatural:
+        return self if self._finer is None else self._finer  # type: ignore[return-value]
+
+    def _with(self, contractions: list[Tensor]) -> tuple[Dense, Tensor, list[Tensor]]:
+        """The total and the gain, and sums over the ranks in the same message.
+
+        ``C`` is that of the elements of each rank, plus or minus ``F F'`` for what they
+        share: all that is needed of other ranks is ``rows C rows'`` and ``rows F``.
+        """
+        shards = self.covariance.shards
+        if self._solved is not None:
+            sums = shards.sums(contractions) if contractions else []
+            return (*self._solved, sums)
+        factors, here = [], self.covariance
+        while isinstance(here, Shared):
+            factors.append((here.sign, here.factor))
+            here = here.base
+        crossed = here.matmul(self.rows.mT)
+        parts = [self.rows @ crossed, *(self.rows @ factor for _, factor in factors)]
+        total, *rest = shards.sums([*parts, *contractions])
+        sums = rest[len(factors) :]
+        for (sign, factor), shared in zip(factors, rest, strict=False):
+            total = total + sign * shared @ shared.mT
+            crossed = crossed + sign * factor @ shared.mT
+        dense = Dense(torch.linalg.cholesky(total))
+        self._solved = dense, dense.solve(crossed.mT).mT
+        return (*self._solved, sums)
 
     def _onto(self, x: Tensor) -> Tensor:
-        return add_product(x, self.gain, self._miss(x))
+        # In float64: what is lost here is missed by the total
+        exact = self._exact
+        _, gain, (total,) = exact._with([x.double() @ exact.rows.mT])
+        return add_product(x, gain.to(x.dtype), (exact.value - total).to(x.dtype))
+
+    def _miss(self, x: Tensor) -> Tensor:
+        exact = self._exact
+        total = exact.covariance.across(x.double() @ exact.rows.mT)
+        return (exact.value - total).to(x.dtype)
 
     def _log_solved(self) -> Tensor:
         """Each row's last weight that is not zero, on any rank."""
