@@ -15,8 +15,9 @@ from torch import Tensor
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.quantity import Quantity, Thing, names_of
 from pyro_macro.laws.upstream import Upstream
-from pyro_macro.program.inner import Shared, shards_of
+from pyro_macro.program.inner import Shared
 from pyro_macro.program.layout import Layout
+from pyro_macro.program.reading import refuse_sharded
 
 Model = tuple[Callable[..., Any], tuple, dict]
 
@@ -47,15 +48,7 @@ class Cut(Upstream):
         until = [*micro, *(n for thing in things for n in names_of(thing))]
         known = {} if shared is None else shared
         super().__init__(model, (), until, known, {}, micro, forget)
-        for site in self.sites.values():
-            for frame in site.frames:
-                if shards_of(frame) is not None:
-                    raise UnsupportedLaw(
-                        f"site {site.name!r} is in plate {frame.name!r}, which is "
-                        "split over ranks, and questions of what follows from a micro "
-                        "state need a program that is all in one place. Use a plain "
-                        "plate on one process."
-                    )
+        refuse_sharded(self.sites.values(), "what follows from a micro state")
         self.cause = Quantity(cause, self.sites, "macro-variable")
         self.refuse_paths(micro, self.cause.what)
         self.others = {

@@ -107,7 +107,7 @@ class Layout:
     def mine(self, vector: Tensor, what: str) -> Tensor:
         """The part of this rank, of a vector that may be that of all ranks.
 
-        :param vector: shape ``(..., full_size)``, or ``(..., size)``, which is returned.
+        :param vector: shape ``(..., full_size)``, or ``(..., size)``: of this rank.
         :param what: how to call it in messages.
         """
         found = vector.shape[-1] if vector.dim() else 0
