@@ -57,7 +57,7 @@ class Target:
         self.unit, self.later = unit, later
         self.values: dict[str, Tensor] | None = None
         self.met: set[str] = set()
-        self.group = [self]
+        self._group: list[Target] | None = None
         self._set(state)
         refuse_apart(unit.realization, state)
         if later is None:
@@ -66,6 +66,12 @@ class Target:
     def _set(self, state: MicroState) -> None:
         self.state, self.what = state, state.what
         self.value = self.unit.realization.macro_value(state)
+
+    @property
+    def group(self) -> list[Target]:
+        # No list of itself by default: in a cycle, large tensors would wait for the
+        # garbage collector
+        return [self] if self._group is None else self._group
 
     def follow(self, drawn: Mapping[str, Tensor]) -> None:
         """Realizes it, now that the sites before it in its group are drawn."""
@@ -159,7 +165,7 @@ class Ahead:
                     target = Target(state, unit)
                 targets.append(target)
             for unit, target in zip(group, targets, strict=True):
-                target.group = targets
+                target._group = targets if len(targets) > 1 else None
                 found |= dict.fromkeys(unit.macro.micro, target)
         return found
 

@@ -107,19 +107,20 @@ class Upstream:
         self.model, self.until = model, tuple(until)
         self.micro, self.held, self.shared = tuple(micro), held, shared
 
-        with_gradients = torch.is_grad_enabled()
-
-        def run(probe: int) -> NoiseRun:
-            before = self.sites if probe else None
-            result = NoiseRun(until, shared, held, micro, probe, before, cut, forget)
-            with torch.set_grad_enabled(with_gradients or probe == 0):
-                result.run(*model)
-            return result
-
-        self._run = run
+        self._how = tuple(cut), forget, torch.is_grad_enabled()
         self._known: dict[Any, tuple[set[str], list[Evidence]]] = {}
-        self.zero = run(0)
+        self.zero = self._run(0)
         self.sites = self.zero.sites
+
+    def _run(self, probe: int) -> NoiseRun:
+        cut, forget, with_gradients = self._how
+        before = self.sites if probe else None
+        run = NoiseRun(
+            self.until, self.shared, self.held, self.micro, probe, before, cut, forget
+        )
+        with torch.set_grad_enabled(with_gradients or probe == 0):
+            run.run(*self.model)
+        return run
 
     @cached_property
     def probes(self) -> tuple[NoiseRun, NoiseRun]:

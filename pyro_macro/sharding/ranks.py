@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import weakref
 import zlib
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as distributed
@@ -32,8 +32,9 @@ class Ranks:
     """
 
     def __init__(self, group: Any = None) -> None:
-        self.group, self.last = group, 0
-        self.rank, self.count = 0, 1
+        # Weakly: the group is the user's, who destroys it in the end
+        self._group = None if group is None else weakref.ref(group)
+        self.last, self.rank, self.count = 0, 0, 1
         if group is not None:
             self.rank = distributed.get_rank(group)
             self.count = distributed.get_world_size(group)
@@ -111,7 +112,8 @@ class Ranks:
 
     def _all_reduce(self, numbers: Tensor, what: str) -> None:
         try:
-            distributed.all_reduce(numbers, group=self.group)
+            group = None if self._group is None else self._group()
+            distributed.all_reduce(numbers, group=group)
         except RuntimeError as error:
             raise PyroMacroError(
                 f"{what}: rank {self.rank} of {self.count} could not reach the others, "
@@ -120,7 +122,7 @@ class Ranks:
 
 
 _ALONE = Ranks()
-_KNOWN: WeakKeyDictionary[Any, Ranks] = WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
 
 
 def shard_sum(tensor: Tensor, ranks: Ranks, what: str) -> Tensor:
