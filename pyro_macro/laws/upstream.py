@@ -72,8 +72,9 @@ class Evidence:
 def refuse_parts(frames: Sequence[Any], what: str) -> None:
     """An error if plates whose slots are dependent run over a part only."""
     for frame in frames:
-        if frame.full_size not in (None, frame.size):
-            how = "subsampled" if shards_of(frame) is None else "split over ranks"
+        split = shards_of(frame) is not None
+        if split or frame.full_size not in (None, frame.size):
+            how = "split over ranks" if split else "subsampled"
             raise UnsupportedLaw(
                 f"{what}: the micro states along plate {frame.name!r} are dependent, "
                 f"through sites outside of it, and the plate is {how}. Hold these "

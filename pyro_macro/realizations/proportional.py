@@ -46,7 +46,10 @@ class Proportional(Realization):
 
         def rescale(natural: Tensor) -> Tensor:
             natural = natural.to(rows)
-            total = state.total(natural).unsqueeze(-1)
+            if state.is_apart:
+                total = state.total(natural).unsqueeze(-1)
+            else:
+                total = natural @ rows.mT
             if bool((total == 0).any()):
                 raise OffFibre(
                     f"{state.what}: its natural value is zero in this run, which no "

@@ -27,6 +27,10 @@ def by_shards(fn: Any, shards: Shards, dim: int, site: str) -> Any:
     :param fn: a distribution; along ``dim`` of its batch it has the slots of this rank.
     :param site: what it is the distribution of, for messages.
     """
+    if not isinstance(fn, torch.distributions.Distribution):
+        raise UnsupportedLaw(
+            f"site {site!r} in {shards!r}: {fn!r} is no distribution. Expected one."
+        )
     kind = _kind(_plain_kind(fn))
     new: Any = kind.__new__(kind)
     new.__dict__.update(fn.__dict__)

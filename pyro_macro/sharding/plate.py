@@ -12,11 +12,11 @@ import pyro
 import torch
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.runtime import Message
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 
 from pyro_macro.errors import PyroMacroError
-from pyro_macro.program.inner import shards_of
+from pyro_macro.program.inner import is_deterministic, shards_of
 from pyro_macro.sharding.draws import by_shards
 from pyro_macro.sharding.ranks import Ranks
 from pyro_macro.sharding.shards import Shards
@@ -88,6 +88,7 @@ class sharded_plate(pyro.plate):
                 "number, of slots on all ranks together."
             )
         self.shards = Shards(name, size, Ranks.of(group))
+        self._params: set[int] = set()  # statements that are under way
         mine = self.shards.indices(device)
         why = (
             f"sharded_plate {name!r}: its slots on rank {self.shards.ranks.rank} are "
@@ -144,7 +145,26 @@ class sharded_plate(pyro.plate):
         frames = (ShardedFrame.of(frame, self.shards), *others)
         msg["cond_indep_stack"] = frames
         msg["scale"] = scale * self.shards.ranks.count
-        drawn = msg["type"] == "sample" and not site_is_subsample(msg)
-        if drawn and msg["value"] is None and not msg["done"]:
-            assert self.dim is not None
-            msg["fn"] = by_shards(msg["fn"], self.shards, self.dim, str(msg["name"]))
+        if msg["type"] == "param":
+            self._params.add(id(msg))
+        if (
+            msg["type"] != "sample"
+            or site_is_subsample(msg)
+            or site_is_factor(msg)
+            or is_deterministic(msg)
+        ):
+            return
+        # Observed sites too: handlers outside may forget the observation
+        assert self.dim is not None
+        msg["fn"] = by_shards(msg["fn"], self.shards, self.dim, str(msg["name"]))
+
+    def _postprocess_message(self, msg: Message) -> None:
+        lifted = id(msg) in self._params and msg["type"] == "sample"
+        self._params.discard(id(msg))
+        if lifted:
+            raise PyroMacroError(
+                f"parameter {msg['name']!r} is in sharded plate {self.name!r}, and "
+                "`poutine.lift` makes it random: it would be drawn on each rank alone. "
+                "Make it a sample site, or move it out of the plate."
+            )
+        super()._postprocess_message(msg)

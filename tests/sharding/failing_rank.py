@@ -3,7 +3,7 @@
 
 """A job of which one rank fails, in the way that is asked for, after the first draw.
 
-    torchrun --nproc_per_node=2 tests/sharding/failing_rank.py killed
+torchrun --nproc_per_node=2 tests/sharding/failing_rank.py killed
 """
 
 import os

@@ -18,7 +18,13 @@ import pyro.distributions as dist
 import torch
 import torch.distributed as distributed
 from pyro import poutine
-from pyro.infer import NUTS, Trace_ELBO
+from pyro.infer import (
+    NUTS,
+    Predictive,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    config_enumerate,
+)
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from sharded_models import (
@@ -69,6 +75,9 @@ def answers():
     _gradients(found)
     _elbo_gradients(found)
     _autoguide(found)
+    _local_parameters(found)
+    _predictive(found)
+    _enumerated(found)
     if _ranks() > 1:
         _refusals(found)
     return found
@@ -246,13 +255,50 @@ def _autoguide(found):
     guide = AutoNormal(model, create_plates=lambda: sharded(-1))
     guide()
     elbo = replicated(Trace_ELBO()(model, guide))
-    optimizer = torch.optim.SGD(elbo.parameters(), lr=1e-3)
     for _ in range(3):
-        optimizer.zero_grad()
+        elbo.zero_grad()
         elbo().backward()
-        optimizer.step()
+        with torch.no_grad():
+            for parameter in elbo.parameters():
+                parameter -= 1e-3 * parameter.grad
     for name, parameter in guide.named_parameters():
         found.everywhere[f"fitted {name}"] = parameter.detach().clone()
+
+
+def _local_parameters(found):
+    """Each rank has those of its slots, and divides their gradients by the ranks."""
+    local = torch.nn.Parameter(mine(PRICE).clone())
+
+    def guide():
+        pyro.sample("theta", dist.Normal(0.1, 0.4))
+        with sharded(-1):
+            pyro.sample("x", dist.Normal(local, 0.3))
+
+    pyro.set_rng_seed(7)
+    Trace_ELBO().differentiable_loss(Model(), guide).backward()
+    found.slots["gradient of local parameters"] = local.grad / _ranks()
+
+
+def _predictive(found):
+    case = CASES["shocked"]
+    intervened = pm.macro_do(case.model, {case.macro: pm.Natural(20.0)})
+    for parallel in (True, False):
+        pyro.set_rng_seed(7)
+        draws = Predictive(intervened, num_samples=3, parallel=parallel)(sharded)
+        found.slots[f"predictive {parallel}"] = draws["y"].mT
+        found.everywhere[f"predictive {parallel}"] = draws["shock"]
+
+
+def mixture():
+    with sharded() as slots:
+        z = pyro.sample("z", dist.Bernoulli(MEAN[slots] - 1))
+        pyro.sample("y", dist.Normal(z, SCALE[slots]), obs=PRICE[slots])
+
+
+def _enumerated(found):
+    loss = TraceEnum_ELBO(max_plate_nesting=1).loss
+    enumerated = config_enumerate(mixture)
+    found.averaged["enumerated"] = torch.tensor(loss(enumerated, lambda: None))
 
 
 def _refusals(found):
@@ -294,6 +340,15 @@ def _refusals(found):
     def chains():
         NUTS(model).setup(10)
 
+    def enumerated_outside():
+        z = pyro.sample("z", dist.Bernoulli(0.3))
+        with sharded(-1) as slots:
+            pyro.sample("y", dist.Normal(z, 1.0), obs=PRICE[slots])
+
+    def enumeration():
+        model = config_enumerate(enumerated_outside)
+        TraceEnum_ELBO(max_plate_nesting=1).loss(model, lambda: None)
+
     def other_shapes():
         with sharded():
             pyro.sample("x", dist.Normal(MEAN, 1.0))
@@ -308,6 +363,7 @@ def _refusals(found):
         autoguide,
         coordinates,
         chains,
+        enumeration,
         other_shapes,
     ):
         pyro.set_rng_seed(0)

@@ -10,11 +10,13 @@ import torch
 from pyro import poutine
 from sharded_models import (
     CASES,
+    LOAD,
     MEAN,
     PRICE,
     SALES,
     SCALE,
     SIZE,
+    TABLE,
     amount,
     independent,
     pieces,
@@ -23,7 +25,6 @@ from sharded_models import (
 )
 
 import pyro_macro as pm
-from pyro_macro.sharding.ranks import Ranks
 from pyro_macro.sharding.shards import Shards
 
 
@@ -92,7 +93,9 @@ def test_a_shift_goes_along_the_natural_direction(name):
     natural = nodes["sales__micro"]["value"]
     moved = torch.cat([nodes[n]["value"].flatten() for n in case.macro.micro]) - natural
     torch.testing.assert_close(moved, 2 * gain)
-    torch.testing.assert_close(nodes["sales"]["value"], case.weights @ (natural + moved))
+    torch.testing.assert_close(
+        nodes["sales"]["value"], case.weights @ (natural + moved)
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -404,3 +407,45 @@ def test_gradients_of_draws_are_those_of_the_formula():
     torch.testing.assert_close(x, by_hand)
     (expected,) = torch.autograd.grad((PRICE * by_hand).sum(), theta)
     torch.testing.assert_close(found, expected)
+
+
+def test_observations_that_are_forgotten_are_drawn_block_by_block():
+    def model(plate):
+        with plate() as mine:
+            pyro.sample("y", dist.Normal(MEAN[mine], SCALE[mine]), obs=PRICE[mine])
+
+    nodes = traced(poutine.uncondition(model), sharded).nodes
+    pyro.set_rng_seed(0)
+    noise = sharded().shards.normal(torch.Size([SIZE]), 0, MEAN)
+    torch.testing.assert_close(nodes["y"]["value"], MEAN + SCALE * noise)
+
+
+def test_plates_that_stay_may_be_coupled():
+    """Products split over ranks, stores that stay, a shock that both depend on."""
+
+    def model(plate):
+        shock = pyro.sample("shock", dist.Normal(0.0, 1.0))
+        with plate(-2) as mine, pyro.plate("stores", 3, dim=-1):
+            loc = TABLE[mine] + shock * LOAD[mine].unsqueeze(-1)
+            pyro.sample("x", dist.Normal(loc, SCALE[mine].unsqueeze(-1)))
+
+    totals = TABLE.sum(0) + torch.tensor([1.0, 0.0, -2.0])
+    intervened = pm.macro_do(model, {SALES: pm.Natural(totals)})
+    trace = traced(intervened, sharded)
+    beside = traced(poutine.replay(intervened, trace), plain)
+    one, other = (t.nodes["sales__micro"] for t in (trace, beside))
+    torch.testing.assert_close(trace.nodes["x"]["value"].sum(0), totals)
+    torch.testing.assert_close(one["fn"].mean, other["fn"].mean)
+    torch.testing.assert_close(one["fn"].variance, other["fn"].variance)
+    torch.testing.assert_close(one["log_prob_sum"], other["log_prob_sum"])
+
+
+def test_shifts_of_sites_of_any_kind_go_along_their_variances():
+    def model(plate):
+        with plate() as mine:
+            pyro.sample("x", dist.Gamma(MEAN[mine], SCALE[mine]))
+
+    nodes = traced(pm.macro_do(model, {SALES: pm.Shift(1.0)}), sharded).nodes
+    variance = MEAN / SCALE**2
+    moved = nodes["x"]["value"] - nodes["sales__micro"]["value"]
+    torch.testing.assert_close(moved, variance / variance.sum())
