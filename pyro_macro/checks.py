@@ -95,6 +95,8 @@ def refuse_mask(target: Target, msg: Message) -> None:
 def refuse_changed(
     what: str, which: str, value: Tensor, msg: Message, by: str = "macro_do"
 ) -> None:
+    if msg["value"] is value:
+        return
     found: Any = detach_provenance(msg["value"])  # type: ignore[type-var]
     known = detach_provenance(value)
     same = found is known or (

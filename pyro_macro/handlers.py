@@ -34,7 +34,7 @@ from pyro_macro.checks import (
     refuse_unexplained,
 )
 from pyro_macro.errors import PyroMacroError, UnknownSite
-from pyro_macro.intervention import Ahead, Target, fixed
+from pyro_macro.intervention import Ahead, Target, fixed, point
 from pyro_macro.laws.base import MicroLaw
 from pyro_macro.macro import MacroVariable
 from pyro_macro.on_the_fly import OnTheFly, Pending
@@ -56,6 +56,7 @@ from pyro_macro.realizations.base import (
     refuse_injective,
     refuse_subsampled,
 )
+from pyro_macro.remembered import Remembered
 from pyro_macro.reports import Descriptions
 from pyro_macro.sharding.across import fitted
 from pyro_macro.sharding.draws import by_shards
@@ -282,7 +283,7 @@ def _scale(like: Message, frames: tuple[Any, ...]) -> Any:
 
 
 def _deterministic(value: Tensor, event_dim: int) -> Any:
-    return dist.Delta(value, event_dim=event_dim).mask(False)
+    return point(value, event_dim).mask(False)
 
 
 class Aggregate(_Handler):
@@ -303,6 +304,10 @@ class Aggregate(_Handler):
         self._sites: dict[str, Site] = {}
         self._names: dict[int, str] = {}
         self._met: set[str] = set()
+
+    def depends_on(self) -> Any:
+        """What a model under this handler depends on, besides the model."""
+        return self.macros
 
     def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         handler = Aggregate(self.macros)  # of its own for each run: runs may nest
@@ -430,11 +435,14 @@ class _Setting(_Handler):
         for macro, value in target.macro_values():
             causes |= get_provenance(self._macro_value(target, macro, msg, value))
         if isinstance(unwrapped(realized.law), dist.Delta):
-            draw = track_provenance(unwrapped(realized.law).v, causes)
+            # A copy, for the trace holds it, and may be written to
+            draw = track_provenance(unwrapped(realized.law).v.clone(), causes)
         else:
             draw = self._latent(target, msg, causes)
-        values = realized.layout.unstack(realized.push(draw))
-        micro = state.layout.stack(values)
+        micro = realized.push(draw)
+        values = realized.layout.unstack(micro)
+        if realized.layout.over != state.layout.over:  # plates in the law's vector
+            micro = state.layout.stack(values)
         if target.value is None:
             self._macro_value(target, state.macro, msg, state.total(micro))
         if is_validation_enabled():
@@ -485,13 +493,15 @@ class _Prepared(_Setting):
 
     wrapped = True
 
-    def __init__(self, ahead: Ahead) -> None:
+    def __init__(self, targets: dict[str, Target], shared: dict[str, Shared]) -> None:
         super().__init__()
-        self._targets = ahead.targets()
-        self._shared = ahead.shared
+        self._targets, self._shared = targets, shared
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
+        self._expected = {}
+        for target in self._targets.values():
+            target.values = None  # draws are large, and targets refer to each other
         if exc[0] is not None:
             return
         for name, target in self._targets.items():
@@ -531,7 +541,12 @@ class MacroDo(_Setting):
         super().__init__()
         self.interventions = checked(interventions)
         self._units = units(self.interventions)
+        self._remembered = Remembered()
         self._begin()
+
+    def depends_on(self) -> Any:
+        """What a model under this handler depends on, besides the model."""
+        return self.interventions
 
     def _begin(self) -> None:
         self._targets, self._expected = {}, {}
@@ -586,14 +601,16 @@ class MacroDo(_Setting):
         """
         unseen = preserved_random_state(torch.device("cpu"))
         with detached(), preserved_params(), unseen:
-            prepared = _Prepared(Ahead(self.interventions, (fn, args, kwargs)))
+            ahead = Ahead(self.interventions, (fn, args, kwargs))
+            prepared = _Prepared(ahead.targets(), ahead.shared)
             with prepared:
                 fn(*args, **kwargs)
         targets = dict.fromkeys(prepared._targets.values())
         return Descriptions([target.described() for target in targets])
 
     def _run(self, fn: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        with _Prepared(Ahead(self.interventions, (fn, args, kwargs))):
+        found = self._remembered.targets(self.interventions, (fn, args, kwargs))
+        with _Prepared(*found):
             return fn(*args, **kwargs)
 
     def __enter__(self) -> MacroDo:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -62,6 +63,23 @@ class Target:
         refuse_apart(unit.realization, state)
         if later is None:
             self.realized: Realized = unit.realization.realize(state)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it is the same in the next run of the same program.
+
+        Ranks that share a micro state have to decide alike, and do not know of one
+        another whether the program has changed.
+        """
+        return self.later is None and len(self.group) == 1 and not self.state.is_apart
+
+    def again(self) -> Target:
+        """The same, for another run."""
+        new = copy.copy(self)
+        new.values, new.met, new._group = None, set(), None
+        if self.value is not None:
+            new.value = self.value.clone()  # what a trace holds may be written to
+        return new
 
     def _set(self, state: MicroState) -> None:
         self.state, self.what = state, state.what
@@ -347,7 +365,14 @@ class _Fixed(MaskedDistribution):
 
 
 def fixed(value: Tensor, event_dim: int) -> Any:
-    return _Fixed(dist.Delta(value, event_dim=event_dim), False)
+    return _Fixed(point(value, event_dim), False)
+
+
+def point(value: Tensor, event_dim: int) -> dist.Delta:
+    """A ``Delta`` that neither copies nor checks its value: there may be many."""
+    batch = value.shape[: value.dim() - event_dim]
+    zero = torch.zeros((), dtype=value.dtype, device=value.device).expand(batch)
+    return dist.Delta(value, zero, event_dim, validate_args=False)
 
 
 def _is_fixed(fn: Any) -> bool:

@@ -471,16 +471,19 @@ def same_parameters(one: Any, other: Any, seen: Collection[int] = ()) -> bool:
     if isinstance(one, (torch.distributions.Distribution, Transform)):
         if id(one) in seen:
             return True
-        seen, mine, yours = {*seen, id(one)}, vars(one), vars(other)
-        # Not what is made on demand: caches, and the link of a transform to its inverse
-        shared = [
-            key
-            for key in mine.keys() & yours.keys()
-            if not key.startswith("_cached")
-            and not any(isinstance(v[key], weakref.ref) for v in (mine, yours))
-            and not (key == "_inv" and None in (mine[key], yours[key]))
-        ]
-        return all(same_parameters(mine[key], yours[key], seen) for key in shared)
+        seen, yours = {*seen, id(one)}, vars(other)
+        for key, mine in vars(one).items():
+            its = yours.get(key, mine)
+            # Not what is made on demand: caches, a transform's link to its inverse
+            if mine is its or key.startswith("_cached"):
+                continue
+            if isinstance(mine, weakref.ref) or isinstance(its, weakref.ref):
+                continue
+            if key == "_inv" and (mine is None or its is None):
+                continue
+            if not same_parameters(mine, its, seen):
+                return False
+        return True
     if isinstance(one, (list, tuple)):
         pairs = zip(one, other, strict=False)
         return len(one) == len(other) and all(

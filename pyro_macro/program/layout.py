@@ -65,6 +65,8 @@ class Layout:
         ]
         self._all = [{f.dim: f.size for f in frames} for frames in framed]
         self._events = [Size(s.event_shape) for s in sites]
+        # Each site is one number within the plates that stay
+        self._scalar = not self.over and not any(self._events)
         self.sizes = [
             math.prod(size for _, size in over) * event.numel()
             for over, event in zip(self.over_plates, self._events, strict=True)
@@ -158,6 +160,13 @@ class Layout:
         :returns: shape ``batch + (size,)``.
         """
         parts = []
+        if self._scalar and len(self.names) > 1:  # many sites, in few operations
+            plates = _shape(self.batch)
+            parts = [values[name].unsqueeze(-1) for name in self.names]
+            batch = torch.broadcast_shapes(plates, *{p.shape[:-1] for p in parts})
+            if any(part.shape[:-1] != batch for part in parts):
+                parts = [part.expand(batch + (1,)) for part in parts]
+            return torch.cat(parts, -1)
         for name, over, sizes, event in zip(
             self.names, self.over_plates, self._all, self._events, strict=True
         ):
@@ -184,6 +193,9 @@ class Layout:
     def unstack(self, vector: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`stack`: each site's value, expanded by its plates."""
         batch = torch.broadcast_shapes(vector.shape[:-1], self.batch_shape)
+        if self._scalar:
+            elements = vector.expand(batch + vector.shape[-1:]).unbind(-1)
+            return dict(zip(self.names, elements, strict=True))
         values: dict[str, Tensor] = {}
         for name, over, event, part in zip(
             self.names,

@@ -106,8 +106,8 @@ class _ReadingRun(InnerRun):
 
 def draw(fn: Any) -> torch.Tensor:
     """A private draw, after which the random state is what it was."""
-    some = next(tensors_in(fn), None)
-    device = torch.device("cpu") if some is None else some.device
+    some = tensors_in(fn)
+    device = some[0].device if some else torch.device("cpu")
     with preserved_random_state(device), torch.no_grad():
         return fn.sample()
 

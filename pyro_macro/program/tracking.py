@@ -12,7 +12,7 @@ and notes the names of the sites on their results.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, ValuesView
+from collections.abc import Iterable, ValuesView
 from typing import Any
 
 import torch
@@ -60,6 +60,10 @@ _REDUCTIONS = """
     count_nonzero
 """
 _WHOLE = frozenset(_REDUCTIONS.split())
+# What holds no tensors, and is met in every call
+_ATOMS = frozenset(
+    {type(None), bool, int, float, str, torch.Size, torch.dtype, torch.device, slice}
+)
 MARK = "\0"  # what no name of a site begins with
 NOISE = MARK + "noise"
 _serial = itertools.count()
@@ -151,31 +155,41 @@ class Tracker(TorchFunctionMode):
                 self._note(part, sources)
 
     def _collect(self, things: Iterable[Any]) -> frozenset[str]:
-        found = NOTHING
-        for tensor in tensors_in(things):
-            found |= getattr(tensor, self._key, NOTHING)
+        found, key = NOTHING, self._key
+        tensors: list[torch.Tensor] = []
+        _gather(things, tensors, None)
+        for tensor in tensors:
+            its = getattr(tensor, key, NOTHING)
+            if its and its is not found:
+                found = found | its if found else its
         return found
 
 
-def tensors_in(thing: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
-    """The tensors that a distribution, a container or a tensor is made of.
+def tensors_in(thing: Any) -> list[torch.Tensor]:
+    """The tensors that a distribution, a container or a tensor is made of."""
+    found: list[torch.Tensor] = []
+    _gather((thing,), found, None)
+    return found
 
-    :param seen: what was visited already: a transform and its inverse hold each other.
-    """
-    if isinstance(thing, torch.Tensor):
-        yield thing
-        return
-    seen = set() if seen is None else seen
-    if isinstance(thing, (Distribution, Transform)):
-        if id(thing) in seen:
-            return
-        seen.add(id(thing))
-        thing = vars(thing)
-    if isinstance(thing, dict):
-        thing = thing.values()
-    if isinstance(thing, (tuple, list, set, frozenset, ValuesView)):
-        for part in thing:
-            yield from tensors_in(part, seen)
+
+def _gather(
+    things: Iterable[Any], found: list[torch.Tensor], seen: set[int] | None
+) -> None:
+    """:param seen: what was visited: a transform and its inverse hold each other."""
+    for thing in things:
+        if isinstance(thing, torch.Tensor):
+            found.append(thing)
+        elif type(thing) in _ATOMS:
+            continue
+        elif isinstance(thing, (tuple, list, set, frozenset, ValuesView)):
+            _gather(thing, found, seen)
+        elif isinstance(thing, dict):
+            _gather(thing.values(), found, seen)
+        elif isinstance(thing, (Distribution, Transform)):
+            seen = set() if seen is None else seen
+            if id(thing) not in seen:
+                seen.add(id(thing))
+                _gather(vars(thing).values(), found, seen)
 
 
 def _is_on_all(args: Any, kwargs: Any) -> bool:

@@ -15,7 +15,6 @@ from pyro_macro.errors import UnsupportedLaw
 from pyro_macro.program.inner import preserved_random_state
 from pyro_macro.program.noise import NoiseForm, noise_form
 from pyro_macro.program.parts import parts
-from pyro_macro.program.tracking import tensors_in
 from pyro_macro.sharding.shards import Shards
 
 
@@ -104,7 +103,7 @@ def _of_parts(plain: Any, fn: Any, sample_shape: Size, method: str) -> Tensor:
     """Any other distribution, block by block from its parameters."""
     shards, dim, batch = fn._shards, fn._shard_dim, fn.batch_shape
     found = parts(plain)
-    if found is None:
+    if found is None or not found.tensors:
         raise UnsupportedLaw(
             f"site {fn._shard_site!r}: {type(fn).__name__} in {shards!r} cannot be "
             "drawn block by block, for it is not known what it is made of. Register "
@@ -117,8 +116,7 @@ def _of_parts(plain: Any, fn: Any, sample_shape: Size, method: str) -> Tensor:
         else [tensor] * len(shards.sizes)
         for tensor, depth in zip(found.tensors, found.event_dims, strict=True)
     ]
-    some = next(tensors_in(plain), None)
-    device = torch.device("cpu") if some is None else some.device
+    device = found.tensors[0].device
     draws, seeds = [], list(shards.seeds())
     with preserved_random_state(device):
         for seed, size, *given in zip(seeds, shards.sizes, *pieces, strict=True):

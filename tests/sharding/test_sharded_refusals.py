@@ -298,6 +298,7 @@ def test_a_plain_plate_in_the_guide():
         poutine.replay(independent, trace)(sharded)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_draws_under_jit():
     def model():
         with sharded():

@@ -119,6 +119,12 @@ class Diagonal(Covariance):
     def colour(self, noise: Tensor) -> Tensor:
         return self.variance.sqrt() * noise
 
+    def sample(self, shape: Size, like: Tensor) -> Tensor:
+        size = shape + Size([self.noise_size])
+        noise = torch.randn(size, dtype=like.dtype, device=like.device)
+        scale = self.variance.sqrt()
+        return noise.mul_(scale) if may_overwrite(scale) else scale * noise
+
     def diagonal(self) -> Tensor:
         return self.variance
 
@@ -302,9 +308,28 @@ def matvec(matrix: Tensor, vector: Tensor) -> Tensor:
     return (matrix @ vector.unsqueeze(-1)).squeeze(-1)
 
 
-def add_product(start: Tensor, matrix: Tensor, vector: Tensor) -> Tensor:
-    """``start + matrix @ vector``, batched; in one pass where the matrix is single."""
+def may_overwrite(*operands: Tensor) -> bool:
+    """Whether a tensor of our own may be changed in place, by these operands.
+
+    Neither derivatives nor transforms of torch may need what it was. A fresh tensor of
+    many draws costs more than all arithmetic on it.
+    """
+    needed = torch.is_grad_enabled() and any(t.requires_grad for t in operands)
+    return not needed and torch._C._functorch.maybe_current_level() is None
+
+
+def add_product(
+    start: Tensor, matrix: Tensor, vector: Tensor, own: bool = False
+) -> Tensor:
+    """``start + matrix @ vector``, batched; in one pass where the matrix is single.
+
+    :param own: whether ``start`` is nobody else's, and may be overwritten.
+    """
+    own = own and may_overwrite(start, matrix, vector)
     if matrix.dim() > 2 or start.dim() < 2 or start.shape[:-1] != vector.shape[:-1]:
-        return start + matvec(matrix, vector)
-    flat = torch.addmm(start.flatten(0, -2), vector.flatten(0, -2), matrix.mT)
-    return flat.reshape(start.shape)
+        product = matvec(matrix, vector)
+        fits = own and start.shape == torch.broadcast_shapes(start.shape, product.shape)
+        return start.add_(product) if fits else start + product
+    flat, columns = start.flatten(0, -2), vector.flatten(0, -2)
+    add = flat.addmm_ if own and start.is_contiguous() else flat.addmm
+    return add(columns, matrix.mT).reshape(start.shape)

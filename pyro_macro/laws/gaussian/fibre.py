@@ -19,6 +19,7 @@ from pyro_macro.laws.gaussian.covariance import (
     add_product,
     log_normal,
     matvec,
+    may_overwrite,
 )
 from pyro_macro.program.noise import NoiseForm, noise_form
 
@@ -197,10 +198,15 @@ class FibreDistribution(MicroLaw):
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
-        return self._onto(self.covariance.sample(shape, self.loc).add_(self.loc))
+        draw = self.covariance.sample(shape, self.loc)
+        own = may_overwrite(draw, self.loc)
+        return self._onto(draw.add_(self.loc) if own else draw + self.loc, own)
 
-    def _onto(self, x: Tensor) -> Tensor:
-        """The affine map that takes a draw of ``X`` to the fibre."""
+    def _onto(self, x: Tensor, own: bool = False) -> Tensor:
+        """The affine map that takes a draw of ``X`` to the fibre.
+
+        :param own: whether ``x`` may be overwritten.
+        """
         raise NotImplementedError
 
     def _miss(self, x: Tensor) -> Tensor:
@@ -281,10 +287,10 @@ class NaturalNormal(FibreDistribution):
         self.total = Dense(torch.linalg.cholesky(total))
         self.gain = self.total.solve(crossed.mT).mT  # (..., K, m)
 
-    def _onto(self, x: Tensor) -> Tensor:
+    def _onto(self, x: Tensor, own: bool = False) -> Tensor:
         # Twice: the second step takes back the rounding of the first
         for _ in range(2):
-            x = add_product(x, self.gain, self._miss(x))
+            x = add_product(x, self.gain, self._miss(x), own)
         return x
 
     def _log_density(self, value: Tensor) -> Tensor:
@@ -333,9 +339,9 @@ class ResidualNormal(FibreDistribution):
     def _put(self, x: Tensor, part: Tensor) -> Tensor:
         return x + part @ self._columns.mT
 
-    def _onto(self, x: Tensor) -> Tensor:
+    def _onto(self, x: Tensor, own: bool = False) -> Tensor:
         for _ in range(2):
-            x = self._put(x, self._miss(x) @ self._taken.mT)
+            x = add_product(x, self._columns, self._miss(x) @ self._taken.mT, own)
         return x
 
     def _log_density(self, value: Tensor) -> Tensor:

@@ -112,8 +112,8 @@ class StretchedNormal(FibreDistribution):
             new.base = self.base.to(dtype)
         return new
 
-    def _onto(self, x: Tensor) -> Tensor:
-        x = self.base._onto(x)
+    def _onto(self, x: Tensor, own: bool = False) -> Tensor:
+        x = self.base._onto(x, own)
         along = (x - self.centre) @ self.alpha
         move = (self.factor - 1) * along + self.shift
         return x + move.unsqueeze(-1) * self.step

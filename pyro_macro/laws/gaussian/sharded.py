@@ -196,11 +196,12 @@ class ShardedNatural(NaturalNormal):
         self._solved = dense, dense.solve(crossed.mT).mT
         return (*self._solved, sums)
 
-    def _onto(self, x: Tensor) -> Tensor:
+    def _onto(self, x: Tensor, own: bool = False) -> Tensor:
         # In float64: what is lost here is missed by the total
         exact = self._exact
         _, gain, (total,) = exact._with([x.double() @ exact.rows.mT])
-        return add_product(x, gain.to(x.dtype), (exact.value - total).to(x.dtype))
+        miss = (exact.value - total).to(x.dtype)
+        return add_product(x, gain.to(x.dtype), miss, own)
 
     def _miss(self, x: Tensor) -> Tensor:
         exact = self._exact
