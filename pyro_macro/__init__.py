@@ -77,6 +77,7 @@ from pyro_macro.realizations import (
     Residual,
     Shift,
 )
+from pyro_macro.sharding.plate import sharded_plate
 
 __version__ = "0.1.0"
 
@@ -141,6 +142,7 @@ __all__ = [
     "plot_confounding",
     "plot_dose_response",
     "render",
+    "sharded_plate",
     "shift_confounding",
     "shift_from_atomics",
     "structural_coefficient",

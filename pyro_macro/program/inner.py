@@ -265,6 +265,11 @@ def preserved_buffers() -> Iterator[None]:
                 buffer.copy_(old)
 
 
+def shards_of(frame: Any) -> Any:
+    """How a plate is split over processes; ``None`` if it is not."""
+    return getattr(frame, "shards", None)
+
+
 def is_known(msg: Message) -> bool:
     """Whether the log density of a site counts, once and for all of its elements."""
     fn: Any = msg["fn"]
@@ -276,7 +281,9 @@ def is_known(msg: Message) -> bool:
         return False
     weight = 1.0
     for frame in msg["cond_indep_stack"]:
-        weight *= (frame.full_size or frame.size) / frame.size
+        shards = shards_of(frame)
+        subsampled = (frame.full_size or frame.size) / frame.size
+        weight *= subsampled if shards is None else shards.ranks.count
     scale = msg["scale"]
     if isinstance(scale, torch.Tensor):
         return bool((scale == weight).all())

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,12 +14,13 @@ import pyro
 import torch
 from pyro.poutine.runtime import Message
 
-from pyro_macro.errors import PyroMacroError, UnknownSite
+from pyro_macro.errors import PyroMacroError, UnknownSite, UnsupportedLaw
 from pyro_macro.program.inner import (
     InnerRun,
     Site,
     preserved_params,
     preserved_random_state,
+    shards_of,
 )
 from pyro_macro.program.tracking import tensors_in
 
@@ -73,6 +74,21 @@ def refuse_fused(model: Any, names: Collection[str], why: str) -> None:
             "depend on, were fused away, so that these cannot be held or drawn by "
             "themselves. Keep them, or intervene on the `unfused` model."
         )
+
+
+def refuse_sharded(sites: Iterable[Site], why: str) -> None:
+    """An error if a site lies on several ranks.
+
+    :param why: what is found for programs that are all in one place, in words.
+    """
+    for site in sites:
+        for frame in site.frames:
+            if shards_of(frame) is not None:
+                raise UnsupportedLaw(
+                    f"site {site.name!r} is in plate {frame.name!r}, which is split "
+                    f"over ranks, and {why} is found for programs that are all in one "
+                    "place. Use a plain plate on one process."
+                )
 
 
 class _ReadingRun(InnerRun):

@@ -142,13 +142,8 @@ class Question:
                 "some."
             )
         if not self.single:
-            aggregated = MacroVariable(
-                self.cause.name,
-                self.cause.micro,
-                self.cause.over,
-                self.cause.aggregation.within(self.cut.cause.layout),
-            )
-            refuse_injective(self.what, aggregated, state, self.cut.cause.layout)
+            aggregation = self.cause.aggregation.within(self.cut.cause.layout)
+            refuse_injective(self.what, aggregation, state, self.cut.cause.layout)
 
     def unseen(self) -> ExitStack:
         """Inside, nothing of the user's changes, and no handler of his sees it."""

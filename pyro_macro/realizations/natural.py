@@ -69,6 +69,7 @@ class Natural(Realization):
     given: Given = ()
     sampler: Chains | Flow = Chains()
     draws_own_law = True
+    spans_ranks = True
     _store: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
