@@ -104,7 +104,7 @@ class AffineEffect:
             self.loadings.append(self._plain(loading))
             self.own.append(own)
             self._coefficients.append(own + through)
-            # The micro state that was set is a leaf: its own derivatives go on from there
+            # The micro state that was set is a leaf; derivatives go on behind it
             onward = self.loadings[-1] @ (self.loc - self.loc.detach())
             means.append(self._plain(row) + onward)
         self._means = means
