@@ -108,6 +108,7 @@ class CommonNoise(TorchDistribution):
     """
 
     arg_constraints: dict[str, Any] = {}
+    shares_noise = True  # which no program may hide from who reads it
 
     def __init__(
         self, base: Any = None, dims: tuple[int, ...] = (), **parameters: Any
@@ -242,16 +243,20 @@ def _by_uniform(fn: Any, dims: tuple[int, ...], sample_shape: Size) -> Tensor | 
 
 
 def _is_same(fn: Any, dims: tuple[int, ...]) -> bool:
-    """Whether a distribution is the same at all places along some dimensions."""
-    shape = fn.batch_shape
+    """Whether a distribution is seen to be the same at all places along some dimensions.
+
+    A wrong "no" costs a fresh draw, a wrong "yes" would be wrong.
+    """
+    if type(fn).__module__.split(".")[0] not in ("torch", "pyro"):
+        return False
+    sizes, seen = {fn.batch_shape[dim] for dim in dims}, False
     for tensor in tensors_in(fn):
-        for dim in dims:
-            for at in (dim, dim - len(fn.event_shape)):
-                if -at > tensor.dim() or tensor.shape[at] != shape[dim]:
-                    continue
+        for at in range(tensor.dim()):
+            if tensor.shape[at] in sizes:
+                seen = True
                 if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
                     return False
-    return True
+    return seen
 
 
 def _moved(dims: tuple[int, ...], by: int) -> tuple[int, ...]:

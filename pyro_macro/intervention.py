@@ -21,7 +21,6 @@ from torch.distributions import biject_to
 
 from pyro_macro.aggregation.stacked import Stacked
 from pyro_macro.errors import PyroMacroError, UnknownSite, UnsupportedLaw
-from pyro_macro.grid import CommonNoise
 from pyro_macro.laws.base import MicroLaw
 from pyro_macro.laws.gaussian.law import GaussianProgram
 from pyro_macro.laws.upstream import Evidence
@@ -31,6 +30,7 @@ from pyro_macro.program.inner import (
     Shared,
     Site,
     refuse_fixed,
+    refuse_grid,
     unwrapped,
 )
 from pyro_macro.program.layout import Layout
@@ -344,12 +344,7 @@ def refuse_unfit(macro: MacroVariable, site: Site) -> None:
             "Two interventions need disjoint micro sites: drop one, or state a single "
             "realization for both."
         )
-    if isinstance(site.fn, CommonNoise):
-        raise PyroMacroError(
-            f"{what}: micro site {site.name!r} is inside a grid that is inside of "
-            "macro_do. A grid is for macro values, and goes outside: "
-            "`with pm.grid(...): intervened_model()`."
-        )
+    refuse_grid(site.name, site.fn)
     if site.observed:
         raise PyroMacroError(
             f"{what}: micro site {site.name!r} is observed, and cannot be both "

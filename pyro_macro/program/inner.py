@@ -171,6 +171,16 @@ def unwrapped(fn: Any) -> Any:
     return fn
 
 
+def refuse_grid(name: str, fn: Any) -> None:
+    """An error if a site shares its noise with others, in a grid inside."""
+    if getattr(fn, "shares_noise", False):
+        raise PyroMacroError(
+            f"site {name!r} is inside of a pm.grid that is inside of the model. A grid "
+            "is for macro values, and goes outside: "
+            "`with pm.grid(...): intervened_model()`."
+        )
+
+
 def refuse_fixed(msg: Message, who: str) -> None:
     """An error if ``poutine.do``, applied inside, has already fixed this site."""
     if msg.get("_intervener_id") is not None:
@@ -357,6 +367,7 @@ class InnerRun(Messenger):
             self.factors[name] = site_names(self.tracker.sources(msg["fn"]))
             msg["stop"] = True
             return
+        refuse_grid(name, msg["fn"])
         if msg.get("_intervener_id") is not None and name in self._visible.values():
             return  # the copy that `poutine.do` outside leaves behind
         sources = self.tracker.sources(msg["fn"]) | self.tracker.escaped

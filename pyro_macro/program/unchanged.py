@@ -330,7 +330,9 @@ class _Walk:
             self.see(thing)
 
     def _numbers(self, tensor: Tensor) -> None:
-        odd = tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+        odd = (
+            tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+        )
         if odd or tensor.layout is not torch.strided:
             raise _Unknown
         if tensor.requires_grad and torch.is_grad_enabled():
