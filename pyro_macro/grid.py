@@ -243,7 +243,7 @@ def _by_uniform(fn: Any, dims: tuple[int, ...], sample_shape: Size) -> Tensor | 
 
 
 def _is_same(fn: Any, dims: tuple[int, ...]) -> bool:
-    """Whether a distribution is seen to be the same at all places along some dimensions.
+    """Whether a distribution is seen to be the same at all places along dimensions.
 
     A wrong "no" costs a fresh draw, a wrong "yes" would be wrong.
     """

@@ -51,6 +51,7 @@ from pyro_macro.program.inner import (
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.substitution import detached
+from pyro_macro.program.tracking import tensors_in
 from pyro_macro.realizations import MicroState, Realization
 from pyro_macro.realizations.base import (
     common,
@@ -600,8 +601,7 @@ class MacroDo(_Setting):
                free  0
                cost  2 random numbers a draw
         """
-        unseen = preserved_random_state(torch.device("cpu"))
-        with detached(), preserved_params(), unseen:
+        with detached(), preserved_params(), preserved_random_state():
             ahead = Ahead(self.interventions, (fn, args, kwargs))
             prepared = _Prepared(ahead.targets(), ahead.shared)
             with prepared:
@@ -648,7 +648,9 @@ class MacroDo(_Setting):
         what = f"macro-variable {collector.macro.name!r}"
         if not collector.meet(Site.of(msg)):
             law: Any = msg["fn"]
-            unknown = torch.full(law.batch_shape + law.event_shape, float("nan"))
+            like = common(tensors_in(law) or [torch.empty(())])
+            shape = law.batch_shape + law.event_shape
+            unknown = like.new_full(shape, float("nan"))
             msg["fn"] = fixed(unknown, len(law.event_shape))
             msg["value"] = pending = Pending.of(name, what, msg["fn"])
             msg["is_observed"] = True

@@ -202,10 +202,10 @@ def preserved_params() -> Iterator[None]:
 
 
 @contextmanager
-def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """Draws inside leave no trace in the random state of ``device`` and the CPU."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+def preserved_random_state() -> Iterator[None]:
+    """Draws inside leave no trace in the random state of the CPU and of GPUs in use."""
+    awake = torch.cuda.is_available() and torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if awake else []):
         yield
 
 
