@@ -78,6 +78,7 @@ from pyro_macro.realizations import (
     Residual,
     Shift,
 )
+from pyro_macro.sharding.plate import sharded_plate
 
 __version__ = "0.1.0"
 
@@ -143,6 +144,7 @@ __all__ = [
     "plot_dose_response",
     "plot_fibre",
     "render",
+    "sharded_plate",
     "shift_confounding",
     "shift_from_atomics",
     "structural_coefficient",

@@ -139,7 +139,7 @@ def refuse_off_fibre(
     if rows is None:
         size = total.abs() + value.abs()
     else:
-        size = micro.abs() @ rows.abs().mT
+        size = state.across(micro.abs() @ rows.abs().mT)
         size = (
             size if value.dim() and state.macro.aggregation.event_dim else size[..., 0]
         )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pyro
@@ -14,11 +15,18 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Size, Tensor
-from torch.distributions import Bernoulli, Categorical, Independent
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    TransformedDistribution,
+)
 
 from pyro_macro.errors import PyroMacroError
+from pyro_macro.laws.product import StackedSites
 from pyro_macro.program.inner import is_deterministic
 from pyro_macro.program.noise import noise_form
+from pyro_macro.program.tracking import tensors_in
 
 
 class grid(pyro.plate):
@@ -55,12 +63,16 @@ class grid(pyro.plate):
     """
 
     def __init__(self, name: str, size: int, dim: int | None = None) -> None:
-        if not isinstance(size, int) or size < 1:
+        try:
+            count = operator.index(size)
+        except TypeError:
+            count = 0
+        if count < 1:
             raise PyroMacroError(
                 f"grid {name!r}: size is {size!r}. Expected the number of macro "
                 "values, at least one."
             )
-        super().__init__(name, size, dim=dim)
+        super().__init__(name, count, dim=dim)
 
     def __iter__(self) -> Any:
         raise PyroMacroError(
@@ -70,7 +82,10 @@ class grid(pyro.plate):
 
     def _process_message(self, msg: Message) -> None:
         if self.dim is not None and _is_drawn(msg):
-            msg["fn"] = CommonNoise(msg["fn"], self.dim)
+            fn, dims = msg["fn"], (self.dim,)
+            if isinstance(fn, CommonNoise):  # of another grid inside
+                fn, dims = fn.whole, (*fn.dims, *dims)
+            msg["fn"] = CommonNoise(fn, dims)
         super()._process_message(msg)
 
 
@@ -86,16 +101,25 @@ def _is_drawn(msg: Message) -> bool:
 
 
 class CommonNoise(TorchDistribution):
-    """A distribution whose draws share their noise along one batch dimension.
+    """A distribution whose draws share their noise along some batch dimensions.
 
     :param base: the distribution at each place.
-    :param dim: the dimension, negative.
+    :param dims: the dimensions, negative.
     """
 
     arg_constraints: dict[str, Any] = {}
+    shares_noise = True  # which no program may hide from who reads it
 
-    def __init__(self, base: Any, dim: int) -> None:
-        self.base, self.dim = base, dim
+    def __init__(
+        self, base: Any = None, dims: tuple[int, ...] = (), **parameters: Any
+    ) -> None:
+        if parameters:
+            raise PyroMacroError(
+                "poutine.reparam is around a grid, whose distributions share their "
+                "noise and cannot be written in another way. Put it inside: "
+                "`with pm.grid(...): poutine.reparam(model, config)()`."
+            )
+        self.base, self.dims = base, dims
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def __getattr__(self, name: str) -> Any:
@@ -104,7 +128,7 @@ class CommonNoise(TorchDistribution):
         return getattr(self.whole, name)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> CommonNoise:
-        new = CommonNoise(self.base, self.dim)
+        new = CommonNoise(self.base, self.dims)
         new._batch_shape = Size(batch_shape)
         return new
 
@@ -149,67 +173,106 @@ class CommonNoise(TorchDistribution):
         return self._drawn(Size(sample_shape), "rsample")
 
     def _drawn(self, sample_shape: Size, method: str) -> Tensor:
-        shape = self.batch_shape
-        own = self.base.batch_shape
-        single = Size(
-            1 if i - len(shape) == self.dim else size for i, size in enumerate(shape)
-        )
-        if -self.dim > len(own) or own[self.dim] == 1:  # it is the same at all places
-            value = getattr(self.base.expand(single), method)(sample_shape)
+        own, shape = self.base.batch_shape, self.batch_shape
+        if all(-d > len(own) or own[d] == 1 for d in self.dims):
+            # The same at all places
+            once = self.base.expand(_once(shape, self.dims))
+            value = getattr(once, method)(sample_shape)
         else:
-            found = _coupled(self.whole, self.dim, sample_shape)
-            if found is None:
-                return getattr(self.whole, method)(sample_shape)
-            value = found
+            whole = self.whole
+            value = _coupled(whole, self.dims, sample_shape, method)
+            if value is None:
+                value = getattr(whole, method)(sample_shape)
+                if _is_same(whole, self.dims):
+                    for dim in self.dims:
+                        value = value.narrow(dim - len(self.event_shape), 0, 1)
         return value.expand(sample_shape + shape + self.event_shape)
 
 
-def _coupled(fn: Any, dim: int, sample_shape: Size) -> Tensor | None:
-    """A draw with one noise for all places along ``dim``; ``None`` if unknown how."""
+def _coupled(
+    fn: Any, dims: tuple[int, ...], sample_shape: Size, method: str
+) -> Tensor | None:
+    """A draw with one noise for all places along ``dims``; ``None`` if unknown how."""
     form = noise_form(fn)
     if form is not None:
         depth = len(fn.batch_shape)
         factor = None
         if form.shape is not None:
-            shape = _once(form.shape, dim - (len(form.shape) - depth))
+            shape = _once(form.shape, _moved(dims, len(form.shape) - depth))
             factor = _normal(sample_shape + shape, form.like)
         value = form.affine(factor)
         if form.scale is None:
             return value
-        at = dim - (form.scale.dim() - depth)
-        scale = _once_if_same(form.scale, at)
-        return value + scale * _normal(
-            sample_shape + _once(form.scale.shape, at), form.like
-        )
+        at = _moved(dims, form.scale.dim() - depth)
+        own = _normal(sample_shape + _once(form.scale.shape, at), form.like)
+        return value + _once_if_same(form.scale, at) * own
     if isinstance(fn, Independent):
-        return _coupled(fn.base_dist, dim - fn.reinterpreted_batch_ndims, sample_shape)
-    if fn.event_shape:
-        return None
+        inside = _moved(dims, fn.reinterpreted_batch_ndims)
+        return _coupled(fn.base_dist, inside, sample_shape, method)
+    if isinstance(fn, StackedSites):
+        parts = {name: CommonNoise(part, dims) for name, part in fn.parts.items()}
+        stacked = fn.expand(fn.batch_shape)
+        stacked.parts = parts
+        return getattr(stacked, method)(sample_shape)
+    if isinstance(fn, TransformedDistribution):
+        if fn.base_dist.batch_shape != fn.batch_shape or fn.event_shape:
+            return None
+        draw = _coupled(fn.base_dist, dims, sample_shape, method)
+        for transform in fn.transforms if draw is not None else ():
+            draw = transform(draw)
+        return draw
+    return None if fn.event_shape else _by_uniform(fn, dims, sample_shape)
+
+
+def _by_uniform(fn: Any, dims: tuple[int, ...], sample_shape: Size) -> Tensor | None:
+    """A draw of numbers from uniform ones, which are the same along ``dims``."""
     if isinstance(fn, Bernoulli):
-        uniform = _uniform(sample_shape + _once(fn.probs.shape, dim), fn.probs)
+        uniform = _uniform(sample_shape + _once(fn.batch_shape, dims), fn.probs)
         return (uniform < fn.probs).to(fn.probs)
     if isinstance(fn, Categorical):
-        batch = fn.probs.shape[:-1]
-        uniform = _uniform(sample_shape + _once(batch, dim), fn.probs)
+        uniform = _uniform(sample_shape + _once(fn.batch_shape, dims), fn.probs)
         steps = fn.probs.cumsum(-1)[..., :-1]
         return (uniform.unsqueeze(-1) >= steps).sum(-1)
-    like = fn.mean if fn.has_rsample else None
-    if like is None:
+    like = next((t for t in tensors_in(fn) if t.is_floating_point()), None)
+    if like is None or not fn.has_rsample:
         return None
-    uniform = _uniform(sample_shape + _once(fn.batch_shape, dim), like)
     try:
-        return fn.icdf(uniform)
+        return fn.icdf(_uniform(sample_shape + _once(fn.batch_shape, dims), like))
     except NotImplementedError:
         return None
 
 
-def _once(shape: Size, dim: int) -> Size:
-    return Size(1 if i - len(shape) == dim else size for i, size in enumerate(shape))
+def _is_same(fn: Any, dims: tuple[int, ...]) -> bool:
+    """Whether a distribution is seen to be the same at all places along dimensions.
+
+    A wrong "no" costs a fresh draw, a wrong "yes" would be wrong.
+    """
+    if type(fn).__module__.split(".")[0] not in ("torch", "pyro"):
+        return False
+    sizes, seen = {fn.batch_shape[dim] for dim in dims}, False
+    for tensor in tensors_in(fn):
+        for at in range(tensor.dim()):
+            if tensor.shape[at] in sizes:
+                seen = True
+                if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
+                    return False
+    return seen
 
 
-def _once_if_same(tensor: Tensor, dim: int) -> Tensor:
-    """Without the places along ``dim``, where all are the same memory."""
-    return tensor.narrow(dim, 0, 1) if tensor.stride(dim) == 0 else tensor
+def _moved(dims: tuple[int, ...], by: int) -> tuple[int, ...]:
+    return tuple(dim - by for dim in dims)
+
+
+def _once(shape: Size, dims: tuple[int, ...]) -> Size:
+    return Size(1 if i - len(shape) in dims else size for i, size in enumerate(shape))
+
+
+def _once_if_same(tensor: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Without the places along ``dims``, where all are the same memory."""
+    for dim in dims:
+        if tensor.stride(dim) == 0:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def _normal(shape: Size, like: Tensor) -> Tensor:

@@ -45,11 +45,13 @@ from pyro_macro.program.inner import (
     preserved_params,
     preserved_random_state,
     replay,
+    shards_of,
     unwrapped,
 )
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.substitution import detached
+from pyro_macro.program.tracking import tensors_in
 from pyro_macro.realizations import MicroState, Realization
 from pyro_macro.realizations.base import (
     common,
@@ -58,6 +60,8 @@ from pyro_macro.realizations.base import (
 )
 from pyro_macro.remembered import Remembered
 from pyro_macro.reports import Descriptions
+from pyro_macro.sharding.across import fitted
+from pyro_macro.sharding.draws import by_shards
 from pyro_macro.units import units
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -221,7 +225,7 @@ class _Handler(Messenger):
             kwargs={},
             value=value,
             infer=scope if value is None else {**scope, "_deterministic": True},
-            scale=like["scale"],
+            scale=_scale(like, frames),
             mask=like["mask"],
             cond_indep_stack=frames,
             done=False,
@@ -265,6 +269,19 @@ def _as_drawn(value: Tensor, state: MicroState, name: str) -> Tensor:
     """A micro value in the dtype of its site: whole numbers index tables."""
     dtype = state.sites[name].value.dtype
     return value if dtype.is_floating_point else value.to(dtype)
+
+
+def _scale(like: Message, frames: tuple[Any, ...]) -> Any:
+    """The scale of a site in the plates ``frames`` only, from that of a micro site.
+
+    A sharded plate scales by the number of ranks what each has a part of; a macro value
+    and the density of a micro state are the same on all of them.
+    """
+    scale, kept = like["scale"], {frame.name for frame in frames}
+    for frame in like["cond_indep_stack"]:
+        if frame.name not in kept and shards_of(frame) is not None:
+            scale = scale / frame.shards.ranks.count  # type: ignore[attr-defined]
+    return scale
 
 
 def _deterministic(value: Tensor, event_dim: int) -> Any:
@@ -351,9 +368,10 @@ class Aggregate(_Handler):
         layout = Layout(micro, macro.over, what)
         values = {n: self._sites[n].value for n in macro.micro}
         state = layout.stack(values).to(common(list(values.values())))
-        refuse_injective(what, macro, state, layout)
-        value = macro.aggregation(state)
-        fn = _deterministic(value, macro.aggregation.event_dim)
+        aggregation = fitted(macro.aggregation, layout, what)
+        refuse_injective(what, aggregation, state, layout)
+        value = aggregation(state)
+        fn = _deterministic(value, aggregation.event_dim)
         site = self._emit(msg, macro.name, fn, layout.frames, value)
         refuse_changed(
             what, f"the macro value {macro.name!r}", value, site, "aggregate"
@@ -431,7 +449,7 @@ class _Setting(_Handler):
             self._macro_value(target, state.macro, msg, state.total(micro))
         if is_validation_enabled():
             refuse_off_support(target, values)
-            if target.value is not None:
+            if target.value is not None and not realized.met(draw):
                 refuse_off_fibre(target.what, state, micro, target.value)
         return {name: _as_drawn(value, state, name) for name, value in values.items()}
 
@@ -455,6 +473,9 @@ class _Setting(_Handler):
         batch = broadcast_shapes(law.batch_shape, layout.batch_shape)
         if batch != law.batch_shape:
             law = law.expand(batch)
+        for frame in layout.frames:
+            if shards_of(frame) is not None:
+                law = by_shards(law, frame.shards, frame.dim, name)
         if causes and isinstance(law, MicroLaw):
             law = law.caused_by(causes)
         try:
@@ -580,8 +601,7 @@ class MacroDo(_Setting):
                free  0
                cost  2 random numbers a draw
         """
-        unseen = preserved_random_state(torch.device("cpu"))
-        with detached(), preserved_params(), unseen:
+        with detached(), preserved_params(), preserved_random_state():
             ahead = Ahead(self.interventions, (fn, args, kwargs))
             prepared = _Prepared(ahead.targets(), ahead.shared)
             with prepared:
@@ -628,7 +648,9 @@ class MacroDo(_Setting):
         what = f"macro-variable {collector.macro.name!r}"
         if not collector.meet(Site.of(msg)):
             law: Any = msg["fn"]
-            unknown = torch.full(law.batch_shape + law.event_shape, float("nan"))
+            like = common(tensors_in(law) or [torch.empty(())])
+            shape = law.batch_shape + law.event_shape
+            unknown = like.new_full(shape, float("nan"))
             msg["fn"] = fixed(unknown, len(law.event_shape))
             msg["value"] = pending = Pending.of(name, what, msg["fn"])
             msg["is_observed"] = True

@@ -30,13 +30,14 @@ from pyro_macro.program.inner import (
     Shared,
     Site,
     refuse_fixed,
+    refuse_grid,
     unwrapped,
 )
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.reading import draw, refuse_fused, structural
 from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization, Realized
-from pyro_macro.realizations.base import common
+from pyro_macro.realizations.base import as_like, common, refuse_apart
 from pyro_macro.reports import Description
 from pyro_macro.units import Interventions, Unit, groups, units, value_of
 
@@ -58,20 +59,25 @@ class Target:
         self.unit, self.later = unit, later
         self.values: dict[str, Tensor] | None = None
         self.met: set[str] = set()
-        self.group = [self]
+        self._group: list[Target] | None = None
         self._set(state)
+        refuse_apart(unit.realization, state)
         if later is None:
             self.realized: Realized = unit.realization.realize(state)
 
     @property
     def lasts(self) -> bool:
-        """Whether it is the same in the next run of the same program."""
-        return self.later is None and len(self.group) == 1
+        """Whether it is the same in the next run of the same program.
+
+        Ranks that share a micro state have to decide alike, and do not know of one
+        another whether the program has changed.
+        """
+        return self.later is None and len(self.group) == 1 and not self.state.is_apart
 
     def again(self) -> Target:
         """The same, for another run."""
         new = copy.copy(self)
-        new.values, new.met, new.group = None, set(), [new]
+        new.values, new.met, new._group = None, set(), None
         if self.value is not None:
             new.value = self.value.clone()  # what a trace holds may be written to
         return new
@@ -79,6 +85,12 @@ class Target:
     def _set(self, state: MicroState) -> None:
         self.state, self.what = state, state.what
         self.value = self.unit.realization.macro_value(state)
+
+    @property
+    def group(self) -> list[Target]:
+        # No list of itself by default: in a cycle, large tensors would wait for the
+        # garbage collector
+        return [self] if self._group is None else self._group
 
     def follow(self, drawn: Mapping[str, Tensor]) -> None:
         """Realizes it, now that the sites before it in its group are drawn."""
@@ -98,14 +110,14 @@ class Target:
             try:
                 free = biject_to(law.support).inverse_shape(law.event_shape)[-1]
             except (UnsupportedLaw, NotImplementedError):
-                free = layout.size - 1
+                free = layout.full_size - 1
         return Description(
             macro=", ".join(m.name for m in self.unit.members),
             realization=type(self.unit.realization).__name__,
             law=type(unwrapped(law)).__name__,
             exact=point or not known or method.startswith("exact"),
             method="a point" if point else method,
-            elements=layout.size,
+            elements=layout.full_size,
             free=free,
             cost="none" if point else law.cost if known else "that of its own draws",
         )
@@ -175,7 +187,7 @@ class Ahead:
                     target = Target(state, unit)
                 targets.append(target)
             for unit, target in zip(group, targets, strict=True):
-                target.group = targets
+                target._group = targets if len(targets) > 1 else None
                 found |= dict.fromkeys(unit.macro.micro, target)
         return found
 
@@ -319,7 +331,7 @@ class Ahead:
                     f"{what}: {macro.name!r} is shifted, not set to a value, in the "
                     "same macro_do. Nest two macro_do instead."
                 )
-            value = torch.as_tensor(number).to(like)
+            value = as_like(number, like)
         return Evidence.of_macro(macro, layout, value)
 
 
@@ -332,6 +344,7 @@ def refuse_unfit(macro: MacroVariable, site: Site) -> None:
             "Two interventions need disjoint micro sites: drop one, or state a single "
             "realization for both."
         )
+    refuse_grid(site.name, site.fn)
     if site.observed:
         raise PyroMacroError(
             f"{what}: micro site {site.name!r} is observed, and cannot be both "

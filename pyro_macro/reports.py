@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_macro.errors import PyroMacroError
+
 Row = dict[str, Any]
 
 # How reports are drawn, by kind: whoever can draw one registers here
@@ -531,18 +533,24 @@ class Curve:
     :ivar mean: of the effect, shape ``(n,)`` and then its own.
     :ivar variance: the same.
     :ivar method: how it is known.
-    :ivar outcomes: the whole laws.
+    :ivar outcomes: the whole laws; ``None`` of an effect of several numbers that is not
+        normal.
     """
 
     realization: str
     mean: Tensor
     variance: Tensor
     method: str
-    outcomes: Outcomes
+    outcomes: Outcomes | None
 
     def quantile(self, level: float) -> Tensor:
-        """A quantile of the effect at each macro value, shape ``(n,)``."""
+        """A quantile of the effect at each macro value, shape of the mean."""
         laws = self.outcomes
+        if laws is None:
+            raise PyroMacroError(
+                f"quantile: the effect has {self.mean[0].numel()} numbers, of which "
+                "moments alone are kept. Ask about one of them."
+            )
         if laws.draws is not None:
             return laws.draws.double().quantile(level, dim=-1)
         if laws.values is not None and laws.weights is not None:

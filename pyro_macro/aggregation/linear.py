@@ -97,6 +97,11 @@ class Linear(Aggregation):
             return f"Linear(<weights of shape {tuple(shown.shape)}>)"
         return f"Linear({shown.tolist()})"
 
+    @property
+    def matrix(self) -> Tensor:
+        """The weights, shape ``(m, K)``, in float64."""
+        return self._matrix
+
     def __call__(self, state: Tensor) -> Tensor:
         result = state @ self.weights(state).mT
         return result if self.event_dim else result.squeeze(-1)

@@ -346,9 +346,9 @@ class FiniteRun(Eliminating):
                 count = len(self.owner.support(axis))
                 found.append(Factor((axis,), certain(self._index(axis), count)))
             elif axis not in met:  # nothing is said about it
-                count = len(self.owner.support(axis))
-                lead = (1,) * self.owner.frame.depth
-                ones = torch.zeros((*lead, count), dtype=torch.float64)
+                support = self.owner.support(axis)
+                shape = (1,) * self.owner.frame.depth + (len(support),)
+                ones = support.new_zeros(shape, dtype=torch.float64)
                 found.append(Factor((axis,), ones))
         return found
 

@@ -26,6 +26,7 @@ from pyro_macro.consolidation.symbolic import size
 from pyro_macro.consolidation.tables import Factor
 from pyro_macro.errors import UnknownSite, UnsupportedLaw
 from pyro_macro.program.mechanisms import Mechanism, arguments, read_mechanisms
+from pyro_macro.program.reading import refuse_sharded
 
 if TYPE_CHECKING:
     from pyro_macro.consolidation.relaxed import Relaxed
@@ -90,6 +91,7 @@ class Prepared:
     ) -> None:
         self.mechanisms = read_mechanisms(model, args, kwargs)
         self.of = self.mechanisms.of
+        refuse_sharded((m.site for m in self.of.values()), "what can be fused")
         for name in request.keep:
             if name not in self.of:
                 raise UnknownSite.named("consolidate, keep", name, self.of)
@@ -322,7 +324,7 @@ def _fused_cost(elimination: Elimination[Any]) -> Cost:
                 and len(law.axes) == 2
                 and torch.equal(
                     probs.reshape(probs.shape[-2:]),
-                    torch.eye(*probs.shape[-2:], dtype=probs.dtype),
+                    torch.eye(*probs.shape[-2:]).to(probs),
                 )
             )
             looked_up = (0, 0) if copied else (len(law.axes) - 1, nonzero(probs))

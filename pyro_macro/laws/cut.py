@@ -17,6 +17,7 @@ from pyro_macro.laws.quantity import Quantity, Thing, names_of
 from pyro_macro.laws.upstream import Upstream
 from pyro_macro.program.inner import Shared
 from pyro_macro.program.layout import Layout
+from pyro_macro.program.reading import refuse_sharded
 from pyro_macro.program.shapes import broadcast_shapes
 
 Model = tuple[Callable[..., Any], tuple, dict]
@@ -48,6 +49,7 @@ class Cut(Upstream):
         until = [*micro, *(n for thing in things for n in names_of(thing))]
         known = {} if shared is None else shared
         super().__init__(model, (), until, known, {}, micro, forget)
+        refuse_sharded(self.sites.values(), "what follows from a micro state")
         self.cause = Quantity(cause, self.sites, "macro-variable")
         self.refuse_paths(micro, self.cause.what)
         self.others = {
@@ -91,8 +93,10 @@ class Cut(Upstream):
         """Whether anything that is asked about depends on parameters with gradients."""
         if not torch.is_grad_enabled():
             return False
-        sites = self.probes[0].sites
-        return any(sites[name].value.requires_grad for name in self.names)
+        probe = self.probes[0]
+        # What is set is a leaf; what it would have been may have derivatives
+        found = {n: s.value for n, s in probe.sites.items()} | probe.expressions
+        return any(found[name].requires_grad for name in self.names)
 
     def _refuse_factors(self) -> None:
         """An error if factors weigh what is asked about: they are observations."""

@@ -16,6 +16,7 @@ from pyro_macro.errors import UnsupportedLaw
 from pyro_macro.laws.base import MicroLaw
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.shapes import broadcast_shapes
+from pyro_macro.sharding.across import Apart
 
 
 class StackedSites(MicroLaw):
@@ -77,6 +78,8 @@ class StackedSites(MicroLaw):
             part = self.parts[name].log_prob(state)
             dims = [d for d in self._over[name] if -d <= part.dim()]
             total = total + (part.sum(dims, keepdim=True) if dims else part)
+        if self.layout.shards is not None:
+            total = self.layout.shards.sum(total)
         if missing:
             return _closed(total, ahead, missing)
         shape = broadcast_shapes(total.shape, self.batch_shape)
@@ -86,6 +89,10 @@ class StackedSites(MicroLaw):
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:  # type: ignore[override]
+        here = self._support()
+        return here if self.layout.shards is None else Apart(here)
+
+    def _support(self) -> constraints.Constraint:
         supports = []
         for name, part in self.parts.items():
             support = part.support

@@ -16,7 +16,7 @@ from torch import Size, Tensor
 
 from pyro_macro.errors import NotAMicroState, UnsupportedLaw
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import Shared
+from pyro_macro.program.inner import Shared, shards_of
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.noise import NoiseRun
 from pyro_macro.program.reading import dependence
@@ -48,7 +48,14 @@ class Evidence:
         """A macro value, as something known.
 
         :param layout: of its micro state.
+        :raises UnsupportedLaw: if that lies on several ranks.
         """
+        if layout.shards is not None:
+            raise UnsupportedLaw(
+                f"macro-variable {macro.name!r} is aggregated over {layout.shards!r}, "
+                "which is split over ranks, and what else follows from its value is "
+                "not known there. Set it alone, or use a plain plate on one process."
+            )
         return cls(
             name=macro.name,
             of=lambda run: macro.aggregation(
@@ -65,10 +72,12 @@ class Evidence:
 def refuse_parts(frames: Sequence[Any], what: str) -> None:
     """An error if plates whose slots are dependent run over a part only."""
     for frame in frames:
-        if frame.full_size not in (None, frame.size):
+        split = shards_of(frame) is not None
+        if split or frame.full_size not in (None, frame.size):
+            how = "split over ranks" if split else "subsampled"
             raise UnsupportedLaw(
                 f"{what}: the micro states along plate {frame.name!r} are dependent, "
-                "through sites outside of it, and the plate is subsampled. Hold these "
+                f"through sites outside of it, and the plate is {how}. Hold these "
                 "sites with given=[...], or run the plate whole."
             )
 
@@ -99,19 +108,20 @@ class Upstream:
         self.model, self.until = model, tuple(until)
         self.micro, self.held, self.shared = tuple(micro), held, shared
 
-        with_gradients = torch.is_grad_enabled()
-
-        def run(probe: int) -> NoiseRun:
-            before = self.sites if probe else None
-            result = NoiseRun(until, shared, held, micro, probe, before, cut, forget)
-            with torch.set_grad_enabled(with_gradients or probe == 0):
-                result.run(*model)
-            return result
-
-        self._run = run
+        self._how = tuple(cut), forget, torch.is_grad_enabled()
         self._known: dict[Any, tuple[set[str], list[Evidence]]] = {}
-        self.zero = run(0)
+        self.zero = self._run(0)
         self.sites = self.zero.sites
+
+    def _run(self, probe: int) -> NoiseRun:
+        cut, forget, with_gradients = self._how
+        before = self.sites if probe else None
+        run = NoiseRun(
+            self.until, self.shared, self.held, self.micro, probe, before, cut, forget
+        )
+        with torch.set_grad_enabled(with_gradients or probe == 0):
+            run.run(*self.model)
+        return run
 
     @cached_property
     def probes(self) -> tuple[NoiseRun, NoiseRun]:

@@ -171,6 +171,16 @@ def unwrapped(fn: Any) -> Any:
     return fn
 
 
+def refuse_grid(name: str, fn: Any) -> None:
+    """An error if a site shares its noise with others, in a grid inside."""
+    if getattr(fn, "shares_noise", False):
+        raise PyroMacroError(
+            f"site {name!r} is inside of a pm.grid that is inside of the model. A grid "
+            "is for macro values, and goes outside: "
+            "`with pm.grid(...): intervened_model()`."
+        )
+
+
 def refuse_fixed(msg: Message, who: str) -> None:
     """An error if ``poutine.do``, applied inside, has already fixed this site."""
     if msg.get("_intervener_id") is not None:
@@ -192,10 +202,10 @@ def preserved_params() -> Iterator[None]:
 
 
 @contextmanager
-def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """Draws inside leave no trace in the random state of ``device`` and the CPU."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+def preserved_random_state() -> Iterator[None]:
+    """Draws inside leave no trace in the random state of the CPU and of GPUs in use."""
+    awake = torch.cuda.is_available() and torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if awake else []):
         yield
 
 
@@ -265,6 +275,11 @@ def preserved_buffers() -> Iterator[None]:
                 buffer.copy_(old)
 
 
+def shards_of(frame: Any) -> Any:
+    """How a plate is split over processes; ``None`` if it is not."""
+    return getattr(frame, "shards", None)
+
+
 def is_known(msg: Message) -> bool:
     """Whether the log density of a site counts, once and for all of its elements."""
     fn: Any = msg["fn"]
@@ -276,7 +291,9 @@ def is_known(msg: Message) -> bool:
         return False
     weight = 1.0
     for frame in msg["cond_indep_stack"]:
-        weight *= (frame.full_size or frame.size) / frame.size
+        shards = shards_of(frame)
+        subsampled = (frame.full_size or frame.size) / frame.size
+        weight *= subsampled if shards is None else shards.ranks.count
     scale = msg["scale"]
     if isinstance(scale, torch.Tensor):
         return bool((scale == weight).all())
@@ -350,6 +367,7 @@ class InnerRun(Messenger):
             self.factors[name] = site_names(self.tracker.sources(msg["fn"]))
             msg["stop"] = True
             return
+        refuse_grid(name, msg["fn"])
         if msg.get("_intervener_id") is not None and name in self._visible.values():
             return  # the copy that `poutine.do` outside leaves behind
         sources = self.tracker.sources(msg["fn"]) | self.tracker.escaped

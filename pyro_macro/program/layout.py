@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Size, Tensor
 
 from pyro_macro.errors import NotAMicroState
-from pyro_macro.program.inner import Site
+from pyro_macro.program.inner import Site, shards_of
 from pyro_macro.program.shapes import broadcast_shapes
 
 
@@ -24,10 +25,13 @@ class Layout:
     The plates that are left stay batch dimensions, each at its own place: a plate in
     ``over`` leaves a dimension of size one behind, unless it was the leftmost.
 
+    Of a sharded plate in ``over``, the vector has the slots of this rank.
+
     :param sites: the sites, in the order of the vector.
     :param over: names of plates that become part of the vector.
     :param what: how to call the whole in messages.
     :raises NotAMicroState: if the sites share no common shape.
+    :ivar shards: how a plate in ``over`` is split over ranks; ``None`` if none is.
     """
 
     def __init__(
@@ -68,11 +72,63 @@ class Layout:
             math.prod(size for _, size in over) * event.numel()
             for over, event in zip(self.over_plates, self._events, strict=True)
         ]
+        self.shards = self._found_shards(framed, what)
+
+    def _found_shards(self, framed: list[list[Any]], what: str) -> Any:
+        sharded = {
+            frame.name: frame
+            for frames in framed
+            for frame in frames
+            if frame.name in self.over and shards_of(frame) is not None
+        }
+        if not sharded:
+            return None
+        frame = next(iter(sharded.values()))
+        for name, over in zip(self.names, self.over_plates, strict=True):
+            if len(sharded) > 1 or over[:1] != [(frame.dim, frame.size)]:
+                raise NotAMicroState(
+                    f"{what}: plate {frame.name!r} is split over ranks, and site "
+                    f"{name!r} has the plates of {list(self.over)} at dims "
+                    f"{[dim for dim, _ in over]}. Expected one sharded plate around "
+                    "every micro site, left of the other plates in `over`: give it "
+                    "its place with dim=..."
+                )
+        return frame.shards
 
     @property
     def size(self) -> int:
         """The number of elements of the vector."""
         return sum(self.sizes)
+
+    @property
+    def full_size(self) -> int:
+        """The number of elements on all ranks together."""
+        if self.shards is None:
+            return self.size
+        return self.size // self.shards.here * self.shards.size
+
+    def mine(self, vector: Tensor, what: str) -> Tensor:
+        """The part of this rank, of a vector that may be that of all ranks.
+
+        :param vector: shape ``(..., full_size)``, or ``(..., size)``: of this rank.
+        :param what: how to call it in messages.
+        """
+        found = vector.shape[-1] if vector.dim() else 0
+        if found == self.size:
+            return vector
+        if self.shards is None or found != self.full_size:
+            on_ranks = "" if self.shards is None else f", or {self.full_size} for all"
+            raise NotAMicroState(
+                f"{what}: shape {tuple(vector.shape)}. Expected {self.size} in the "
+                f"rightmost dimension, for {self.describe()}{on_ranks}."
+            )
+        whole, here = self.shards.size, slice(self.shards.start, self.shards.stop)
+        sizes = [size // self.shards.here * whole for size in self.sizes]
+        parts = [
+            part.unflatten(-1, (whole, -1))[..., here, :].flatten(-2)
+            for part in vector.split(sizes, -1)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @property
     def batch(self) -> dict[int, int]:

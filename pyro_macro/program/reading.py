@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,14 @@ import pyro
 import torch
 from pyro.poutine.runtime import Message
 
-from pyro_macro.errors import PyroMacroError, UnknownSite
+from pyro_macro.errors import PyroMacroError, UnknownSite, UnsupportedLaw
 from pyro_macro.program.inner import (
     InnerRun,
     Site,
     preserved_params,
     preserved_random_state,
+    shards_of,
 )
-from pyro_macro.program.tracking import tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +75,21 @@ def refuse_fused(model: Any, names: Collection[str], why: str) -> None:
         )
 
 
+def refuse_sharded(sites: Iterable[Site], why: str) -> None:
+    """An error if a site lies on several ranks.
+
+    :param why: what is found for programs that are all in one place, in words.
+    """
+    for site in sites:
+        for frame in site.frames:
+            if shards_of(frame) is not None:
+                raise UnsupportedLaw(
+                    f"site {site.name!r} is in plate {frame.name!r}, which is split "
+                    f"over ranks, and {why} is found for programs that are all in one "
+                    "place. Use a plain plate on one process."
+                )
+
+
 class _ReadingRun(InnerRun):
     def __init__(self, values: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
@@ -90,9 +105,7 @@ class _ReadingRun(InnerRun):
 
 def draw(fn: Any) -> torch.Tensor:
     """A private draw, after which the random state is what it was."""
-    some = tensors_in(fn)
-    device = some[0].device if some else torch.device("cpu")
-    with preserved_random_state(device), torch.no_grad():
+    with preserved_random_state(), torch.no_grad():
         return fn.sample()
 
 

@@ -41,7 +41,8 @@ ESCAPES = frozenset(
 
 # Continuous operations that are affine on pieces: their derivative does not show, and
 # no finite number of probes is sure to meet, that they have kinks. (What turns floats
-# into integers or truth values is found by the dtype of its result.)
+# into integers or truth values is found by the dtype of its result.) A sum over the
+# ranks of a sharded plate is linear, but one rank alone cannot take its derivative.
 _KINKED = """
     abs absolute __abs__ celu clamp clamp_max clamp_min clip elu floor
     floor_divide fmax fmin fmod frac ceil hardshrink hardsigmoid hardswish
@@ -49,7 +50,7 @@ _KINKED = """
     max_pool3d maximum median min minimum amax amin aminmax cummax cummin msort
     nanmedian nanquantile prelu quantile relu relu6 remainder __mod__ __rmod__
     round rrelu selu sgn sign smooth_l1_loss softshrink sort threshold topk
-    trunc fix __floordiv__
+    trunc fix __floordiv__ shard_sum
 """
 _KINKS = frozenset(_KINKED.split())
 # Operations that, without a dimension, are on all elements at once: those of several

@@ -19,7 +19,7 @@ import random
 import sys
 import types
 import weakref
-from abc import ABC, ABCMeta
+from abc import ABC, ABCMeta, get_cache_token
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -138,7 +138,7 @@ class Snapshot:
         try:
             for thing in things:
                 walk.see(thing)
-        except (_Unknown, RecursionError):
+        except Exception:  # whatever it is that the user's things do when looked at
             return None
         return cls((*_settings(), *walk.words), walk.arrays)
 
@@ -210,6 +210,8 @@ def _settings() -> tuple[Any, ...]:
         torch.is_autocast_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
+        tuple(sorted(pyro.settings.get().items())),
+        get_cache_token(),  # of classes registered with an abstract one
         # Where plates without a dimension go
         tuple(runtime._DIM_ALLOCATOR._stack),
     )
@@ -279,8 +281,8 @@ class _Walk:
     def see(self, thing: Any) -> None:
         kind = type(thing)
         if kind in _PLAIN:
-            # Zeros have signs
-            self.words.append((kind, thing.hex() if kind is float else repr(thing)))
+            signed = kind in (float, complex)  # zeros have signs
+            self.words.append((kind, repr(thing) if signed else thing))
             return
         if id(thing) in self._seen:  # which one is part of the structure
             self.words.append(("again", self._seen[id(thing)][0]))
@@ -328,7 +330,10 @@ class _Walk:
             self.see(thing)
 
     def _numbers(self, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided or tensor.is_meta or tensor.is_quantized:
+        odd = (
+            tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+        )
+        if odd or tensor.layout is not torch.strided:
             raise _Unknown
         if tensor.requires_grad and torch.is_grad_enabled():
             raise _Unknown  # a graph can be used once only
@@ -393,7 +398,7 @@ class _Walk:
 
     def _function(self, function: types.FunctionType) -> None:
         code = function.__code__
-        self.words.append(code)
+        self.words.append((code, function.__name__, function.__qualname__))
         own: dict[str, Any] = function.__builtins__  # type: ignore[attr-defined]
         from_library = code.co_filename.startswith(_ROOTS)
         if _root(function.__module__ or "") in _LIBRARIES and (

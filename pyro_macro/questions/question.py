@@ -100,8 +100,8 @@ class Question:
             self._refuse_affected(things)
         self._refuse_parts([cause, effect, *(t for ts in others.values() for t in ts)])
         self.cut.refuse_observed()
-        values = [self.cut.sites[n].value.reshape(-1).double() for n in self.cut.names]
-        self.refuse_nan(torch.cat(values))
+        values = [self.cut.sites[n].value.reshape(-1).cpu() for n in self.cut.names]
+        self.refuse_nan(torch.cat([value.double() for value in values]))
 
     @classmethod
     def of(
@@ -142,13 +142,8 @@ class Question:
                 "some."
             )
         if not self.single:
-            aggregated = MacroVariable(
-                self.cause.name,
-                self.cause.micro,
-                self.cause.over,
-                self.cause.aggregation.within(self.cut.cause.layout),
-            )
-            refuse_injective(self.what, aggregated, state, self.cut.cause.layout)
+            aggregation = self.cause.aggregation.within(self.cut.cause.layout)
+            refuse_injective(self.what, aggregation, state, self.cut.cause.layout)
 
     def unseen(self) -> ExitStack:
         """Inside, nothing of the user's changes, and no handler of his sees it."""
@@ -156,7 +151,7 @@ class Question:
         stack.enter_context(torch.inference_mode(False))  # derivatives are needed
         stack.enter_context(preserved_params())
         stack.enter_context(detached())
-        stack.enter_context(preserved_random_state(torch.device("cpu")))
+        stack.enter_context(preserved_random_state())
         return stack
 
     @property
@@ -255,7 +250,7 @@ class Question:
     def values(self, at: Any) -> Tensor:
         """Macro values as a tensor of shape ``(n,)``, or ``(n, m)`` for vectors."""
         try:
-            tensor = torch.as_tensor(at, dtype=torch.float64)
+            tensor = torch.as_tensor(at, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise PyroMacroError(
                 f"{self.what}: at is {at!r}. Expected macro values, as numbers."
@@ -425,7 +420,7 @@ class Question:
         """An error if micro states have other macro values than were asked for."""
         law = over_grid(realized.law, realized.layout, self.cut.depth)
         with self.unseen(), torch.no_grad():
-            state = realized.push(law.sample())
+            state = realized.push(law.sample()).cpu()
         values = realized.layout.unstack(state)
         found = self.cut.cause.of(values, (len(state),), self.cut.depth)
         wanted = self.spread(at)

@@ -94,7 +94,8 @@ def dose_response(
     values = question.asked(at)
     sampler = Sampler(question.model, question.cut, num_samples, seed, progress)
     curves = tuple(
-        _curve(question, name, way, values, sampler) for name, way in ways.items()
+        _curve(_held(question, way, values), name, way, values, sampler)
+        for name, way in ways.items()
     )
     return DoseResponse(question.cause.name, name_of(effect), values, curves)
 
@@ -110,6 +111,15 @@ def _named(realization: Any) -> dict[str, Realizing]:
     return dict(realization)
 
 
+def _held(question: Question, way: Realizing, at: Tensor) -> Question:
+    """The question, with what a realization is given held."""
+    given: Any = tuple(question.instance(way, at).given)
+    if not given:
+        return question
+    model, args, kwargs = question.model
+    return Question(model, question.cause, question.effect, args, kwargs, given=given)
+
+
 def _curve(
     question: Question, name: str, way: Realizing, at: Tensor, sampler: Sampler
 ) -> Curve:
@@ -117,7 +127,9 @@ def _curve(
     name = name or describe(instance)
     shape = Size([len(at)]) + question.cut.others["effect"][0].shape
 
-    def curve(mean: Tensor, variance: Tensor, method: str, laws: Outcomes) -> Curve:
+    def curve(
+        mean: Tensor, variance: Tensor, method: str, laws: Outcomes | None
+    ) -> Curve:
         question.refuse_nan(torch.cat([mean.flatten(), variance.flatten()]))
         mean, variance = mean.reshape(shape), variance.reshape(shape)
         return Curve(name, mean, variance, method, laws)
@@ -131,7 +143,7 @@ def _curve(
         assert question.finite is not None
         moments = question.finite.moments(weights)
         effects = question.finite.effects
-        laws = Outcomes(effects[:, 0], weights) if effects.shape[1] == 1 else Outcomes()
+        laws = Outcomes(effects[:, 0], weights) if effects.shape[1] == 1 else None
         return curve(moments.mean, moments.variance, "exact: finite", laws)
     return _drawn(question, sampler, way, instance, at, curve)
 
@@ -145,6 +157,6 @@ def _drawn(
     curve: Callable[..., Curve],
 ) -> Curve:
     draws = draws_under(question, sampler, way, at, common=True)
-    laws = Outcomes(draws=draws[..., 0] if draws.shape[-1] == 1 else None)
+    laws = Outcomes(draws=draws[..., 0]) if draws.shape[-1] == 1 else None
     method = f"Monte Carlo: {draws.shape[1]:,} draws at each macro value"
     return curve(draws.mean(1), draws.var(1), method, laws)

@@ -65,7 +65,7 @@ class Sampler:
         :param grid: the length of a grid of macro values along the leftmost dimension;
             only of vectorized programs.
         :returns: for each quantity, shape ``(grid, count, size)``, without the first
-            where there is no grid.
+            where there is no grid; on the CPU, wherever the program is.
         """
         count = self.count if count is None else count
         lead = (count,) if grid is None else (grid, count)
@@ -73,7 +73,7 @@ class Sampler:
         with self.unseen():
             if vectorized:
                 values = self.values(self.within(fn, lead, common))
-                return [q.of(values, lead, self.depth) for q in quantities]
+                return [q.of(values, lead, self.depth).cpu() for q in quantities]
             return self._apart((fn for _ in range(count)), count, quantities)
 
     def _apart(
@@ -87,7 +87,7 @@ class Sampler:
         rows = []
         for fn in tqdm(fns, total=count, disable=quiet, desc="Drawing", leave=False):
             values = self.values(self.within(fn, ()))
-            rows.append([q.of(values) for q in quantities])
+            rows.append([q.of(values).cpu() for q in quantities])
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
     def under(
@@ -102,7 +102,8 @@ class Sampler:
         model, parts = self.model[0], []
         vectorized = self.is_vectorized(model, None)
         with self.unseen():
-            for values in states:
+            for given in states:
+                values = {n: self._near(n, v) for n, v in given.items()}
                 count = len(next(iter(values.values())))
                 if vectorized:
                     whole: Any = {
@@ -110,7 +111,7 @@ class Sampler:
                     }
                     fn = poutine.do(model, data=whole)
                     drawn = self.values(self.within(fn, (count,)))
-                    parts.append(quantity.of(drawn, (count,), self.depth))
+                    parts.append(quantity.of(drawn, (count,), self.depth).cpu())
                     continue
                 each: Iterable[Any] = (
                     poutine.do(model, data={name: v[i] for name, v in values.items()})
@@ -118,6 +119,10 @@ class Sampler:
                 )
                 parts += self._apart(each, count, [quantity])
         return torch.stack(parts)
+
+    def _near(self, name: str, value: Tensor) -> Tensor:
+        """On the device of its site."""
+        return value.to(self.cut.sites[name].value.device)
 
     def _widened(self, name: str, value: Tensor) -> Tensor:
         """With its draws left of all plates."""
@@ -134,9 +139,9 @@ class Sampler:
             raise self._refused(f"the noise of {cause.name!r}")
         with self.unseen():
             values = self.values(self.within(fn, (self.count,)))
-        micro = values[f"{cause.name}__micro"]
+        micro = values[f"{cause.name}__micro"].cpu()
         before = cause.layout.unstack(micro)
-        return before, {name: values[name] for name in cause.sites}
+        return before, {name: values[name].cpu() for name in cause.sites}
 
     def _refused(self, what: str) -> UnsupportedLaw:
         return UnsupportedLaw(
@@ -152,7 +157,7 @@ class Sampler:
         stack.enter_context(preserved_buffers())
         # Other numbers each time: a two-sample test needs independent samples
         seed = (1_000_003 * self.seed + 7919 * self._calls) % (1 << 62)
-        stack.enter_context(apart(seed, torch.device("cpu")))
+        stack.enter_context(apart(seed))
         self._calls += 1
         stack.enter_context(torch.no_grad())
         return stack

@@ -19,7 +19,8 @@ class Allocate(Realization):
     :param value: the macro value.
     :param shares: the micro state for macro value one, ``pi(shares) = 1``: shape
         ``(K,)``, in the order of the micro sites, with any batch dimensions. For a
-        vector of ``m`` macro values: shape ``(m, K)``, one row for each.
+        vector of ``m`` macro values: shape ``(m, K)``, one row for each. Over a
+        sharded plate those of this rank, or of all.
     :raises OffFibre: when the shares turn out not to have macro value one.
 
     >>> import pyro, torch, pyro.distributions as dist, pyro_macro as pm
@@ -34,15 +35,16 @@ class Allocate(Realization):
 
     value: float | Tensor
     shares: Tensor | Sequence[float]
+    spans_ranks = True
 
     def realize(self, state: MicroState) -> Realized:
         value = state.tensor(self.value, "value")
         event_dim = state.macro.aggregation.event_dim
-        shares = state.unit_state(self.shares, "shares have", event_dim)
+        shares, total = state.unit_total(self.shares, "shares have", event_dim)
         if event_dim:
             point = (value.unsqueeze(-2) @ shares).squeeze(-2)
         else:
             # Exactly on the fibre, also where the shares are rounded
-            total = state.total(shares).unsqueeze(-1)
-            point = value.unsqueeze(-1) * (shares / total)
-        return Realized(dist.Delta(point, event_dim=1), state.layout)
+            point = value.unsqueeze(-1) * (shares / total.unsqueeze(-1))
+        law = dist.Delta(point, event_dim=1)
+        return Realized(law, state.layout, met=lambda _: state.is_apart)

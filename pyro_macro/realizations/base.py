@@ -12,20 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_macro.aggregation import Aggregation
 from pyro_macro.errors import NotAMicroState, OffFibre, PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.gaussian.fibre import choose_pivots
 from pyro_macro.laws.gaussian.law import GaussianLaw, GaussianProgram
 from pyro_macro.laws.upstream import Evidence, refuse_parts
 from pyro_macro.macro import MacroVariable
-from pyro_macro.program.inner import Shared, Site
+from pyro_macro.program.inner import Shared, Site, shards_of
 from pyro_macro.program.layout import Layout
+from pyro_macro.sharding.across import fitted
 
 
 def refuse_subsampled(what: str, macro: MacroVariable, sites: Sequence[Site]) -> None:
     """An error if the macro-variable runs over a part of a plate only."""
     for site in sites:
         for frame in site.frames:
-            whole = frame.full_size in (None, frame.size)
+            whole = frame.full_size in (None, frame.size) or shards_of(frame)
             if frame.name in macro.over and not whole:
                 raise NotAMicroState(
                     f"{what}: plate {frame.name!r} is subsampled ({frame.size} of "
@@ -56,10 +58,10 @@ def _refuse_weighted_apart(what: str, sites: Sequence[Site]) -> None:
 
 
 def refuse_injective(
-    what: str, macro: MacroVariable, state: Tensor, layout: Layout
+    what: str, aggregation: Aggregation, state: Tensor, layout: Layout
 ) -> None:
     """An error if the map is injective on micro states like this one."""
-    if macro.aggregation.is_injective(state):
+    if aggregation.is_injective(state):
         plates = [f.name for f in layout.frames if f.vectorized]
         hint = "".join(f" To sum over {p!r}, say over={p!r}." for p in plates[-1:])
         raise NotAMicroState(
@@ -67,6 +69,17 @@ def refuse_injective(
             "element(s), so that nothing is aggregated (Definition 2). Aggregate more "
             "sites, an event dimension or a plate (`over`), or use the site itself."
             + hint
+        )
+
+
+def refuse_apart(realization: Realization, state: MicroState) -> None:
+    """An error if a realization needs elements that lie on other ranks."""
+    if state.is_apart and not realization.spans_ranks:
+        raise UnsupportedLaw(
+            f"{state.what}: its elements are split over ranks, "
+            f"{state.layout.shards!r}, and {type(realization).__name__} needs all of "
+            "them in one place. Use Natural, Proportional, Shift or Allocate, or a "
+            "plain plate on one process."
         )
 
 
@@ -79,8 +92,22 @@ def common(values: Sequence[Tensor]) -> Tensor:
     return torch.empty((), dtype=dtype, device=values[0].device)
 
 
+def as_like(number: Any, like: Tensor) -> Tensor:
+    """Numbers in the dtype and on the device of ``like``, by no coarser one.
+
+    ``torch.as_tensor(0.1)`` rounds to the default dtype.
+    """
+    if isinstance(number, Tensor):
+        return number.to(like)
+    return torch.as_tensor(number, dtype=like.dtype, device=like.device)
+
+
 def _same(state: Tensor) -> Tensor:
     return state
+
+
+def _never(draw: Tensor) -> bool:
+    return False
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,11 +118,14 @@ class Realized:
         ``Delta`` where nothing is random.
     :ivar layout: the order of its elements, and the plates that it stays in.
     :ivar push: from a draw of it to the micro state that propagates.
+    :ivar met: whether a draw is known to lead to the macro value without looking; to
+        look takes a message to the other ranks, if it lies on several.
     """
 
     law: Any
     layout: Layout
     push: Callable[[Tensor], Tensor] = _same
+    met: Callable[[Tensor], bool] = _never
 
 
 class MicroState:
@@ -125,7 +155,7 @@ class MicroState:
                 f"{self.what}: its micro state has 0 elements "
                 f"({self.layout.describe()}). Expected sites with some."
             )
-        aggregation = macro.aggregation.within(self.layout)
+        aggregation = fitted(macro.aggregation, self.layout, self.what)
         if aggregation is not macro.aggregation:
             self.macro = MacroVariable(macro.name, macro.micro, macro.over, aggregation)
         micro = [sites[name] for name in macro.micro]
@@ -133,7 +163,7 @@ class MicroState:
         _refuse_weighted_apart(self.what, micro)
         self.like = common([sites[name].value for name in macro.micro])
         state = self.like.new_zeros(self.layout.size)
-        refuse_injective(self.what, self.macro, state, self.layout)
+        refuse_injective(self.what, aggregation, state, self.layout)
 
     @property
     def what(self) -> str:
@@ -161,6 +191,16 @@ class MicroState:
     def total(self, state: Tensor) -> Tensor:
         """The macro value of a micro state."""
         return self.macro.aggregation(state)
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether its elements lie on several ranks, those of this one here."""
+        return self.layout.shards is not None
+
+    def across(self, contraction: Tensor) -> Tensor:
+        """A sum over the elements, from that over those that lie here."""
+        shards = self.layout.shards
+        return contraction if shards is None else shards.sum(contraction)
 
     def gaussian(self) -> GaussianLaw:
         """The law of the micro state, ancestors integrated out but for what is given.
@@ -204,7 +244,7 @@ class MicroState:
             raise PyroMacroError(
                 f"{self.what}: {role} is {number!r}. Expected a number or a tensor."
             )
-        tensor = torch.as_tensor(number).to(self.like)
+        tensor = as_like(number, self.like)
         # A tensor that other code traces must not be looked into
         if type(tensor) is Tensor and not torch.isfinite(tensor).all():
             raise PyroMacroError(
@@ -242,12 +282,22 @@ class MicroState:
         :raises PyroMacroError: if it has a wrong shape.
         :raises OffFibre: if it has another macro value.
         """
-        state, size = torch.as_tensor(numbers).to(self.like), self.layout.size
-        if state.dim() < 1 + event_dim or state.shape[-1] != size:
+        return self.unit_total(numbers, subject, event_dim)[0]
+
+    def unit_total(
+        self, numbers: Any, subject: str, event_dim: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """The same, with its macro value as computed: that of the state, rounded."""
+        state, size = as_like(numbers, self.like), self.layout.size
+        full = self.layout.full_size
+        if state.dim() < 1 + event_dim or state.shape[-1] not in (size, full):
+            on_ranks = f", or {full} for those of all ranks" if full != size else ""
             raise PyroMacroError(
                 f"{self.what}: {subject} shape {tuple(state.shape)}. Expected "
-                f"{size} in the rightmost dimension, for {self.layout.describe()}."
+                f"{size} in the rightmost dimension, for {self.layout.describe()}"
+                f"{on_ranks}."
             )
+        state = self.layout.mine(state, self.what)
         total = self.total(state)
         one = torch.ones_like(total)
         if event_dim:
@@ -260,7 +310,7 @@ class MicroState:
                 f"{self.what}: {subject} macro value {total.tolist()}. Expected "
                 f"{one.tolist()}: divide by it."
             )
-        return state
+        return state, total
 
     def fibre(self, law: GaussianLaw, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The linear equations that a vector in the law's layout has to meet.
@@ -272,7 +322,9 @@ class MicroState:
         rows, event_dim = self.rows.to(law.loc), self.macro.aggregation.event_dim
         value = value.to(law.loc)
         value = value if event_dim else value.unsqueeze(-1)
-        pivots = choose_pivots(rows)
+        # On several ranks there is no element that all of them could solve for
+        none = torch.empty(0, dtype=torch.long, device=rows.device)
+        pivots = none if self.is_apart else choose_pivots(rows)
         if not law.joint:
             return rows, value, pivots
         # The total holds at each place of the joint plates: one equation for each
@@ -332,12 +384,15 @@ class Realization(ABC):
     :cvar looks_downstream: whether it depends on what follows from the micro state.
     :cvar draws_own_law: whether it draws from the law of the micro state in the
         program, so that it matters what else depends on the same sites.
+    :cvar spans_ranks: whether it can be had of a micro state that lies on several
+        ranks, each of which knows its own elements alone.
     """
 
     given: Any = ()
     acts_on_natural: bool = False
     draws_own_law: bool = False
     looks_downstream: bool = False
+    spans_ranks: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "given", _as_given(self.given))

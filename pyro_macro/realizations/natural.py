@@ -69,6 +69,7 @@ class Natural(Realization):
     given: Given = ()
     sampler: Chains | Flow = Chains()
     draws_own_law = True
+    spans_ranks = True
     _store: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
@@ -85,7 +86,10 @@ class Natural(Realization):
                 return super().joined([others[0], (macro, realization)])
         values = []
         for macro, realization in others:
-            value = torch.as_tensor(realization.value)  # type: ignore[attr-defined]
+            number = realization.value  # type: ignore[attr-defined]
+            value = number
+            if not isinstance(number, Tensor):
+                value = torch.as_tensor(number, dtype=torch.float64)
             value = value if value.is_floating_point() else value.float()
             values.append(value if macro.aggregation.event_dim else value.unsqueeze(-1))
         batch = broadcast_shapes(*(v.shape[:-1] for v in values))

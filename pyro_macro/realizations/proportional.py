@@ -38,6 +38,7 @@ class Proportional(Realization):
 
     value: float | Tensor
     acts_on_natural = True
+    spans_ranks = True
 
     def realize(self, state: MicroState) -> Realized:
         value = state.tensor(self.value, "value", event_dim=0).unsqueeze(-1)
@@ -46,7 +47,10 @@ class Proportional(Realization):
 
         def rescale(natural: Tensor) -> Tensor:
             natural = natural.to(rows)
-            total = natural @ rows.mT
+            if state.is_apart:
+                total = state.total(natural).unsqueeze(-1)
+            else:
+                total = natural @ rows.mT
             if is_validation_enabled() and bool((total == 0).any()):
                 raise OffFibre(
                     f"{state.what}: its natural value is zero in this run, which no "
@@ -54,4 +58,5 @@ class Proportional(Realization):
                 )
             return natural * (value / total)
 
-        return Realized(StackedSites(parts, state.layout), state.layout, rescale)
+        law = StackedSites(parts, state.layout)
+        return Realized(law, state.layout, rescale, met=lambda _: state.is_apart)

@@ -12,16 +12,17 @@ import torch
 from torch import Tensor
 
 from pyro_macro.aggregation.extreme import Extreme
-from pyro_macro.errors import Infeasible, NotAffine, PyroMacroError
+from pyro_macro.errors import Infeasible, NotAffine, PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.extremes import GivenExtreme, has_cdf
 from pyro_macro.laws.families import member, of_one_family
 from pyro_macro.laws.finite.configurations import mixing_configurations
 from pyro_macro.laws.finite.tables import Fibre, finite_law
 from pyro_macro.laws.gaussian.fibre import NaturalNormal
+from pyro_macro.laws.gaussian.sharded import ShardedNatural
 from pyro_macro.laws.mixture import Mixture
 from pyro_macro.laws.sampled.chains import Chains, OnFibre, sampled_law
 from pyro_macro.laws.sampled.flow import Flow, FlowLaw, fitted_flow
-from pyro_macro.program.inner import Shared, unwrapped
+from pyro_macro.program.inner import Shared, shards_of, unwrapped
 from pyro_macro.realizations.base import MicroState, Realized
 
 KEPT = 16  # laws that are known by draws, for each realization
@@ -41,11 +42,27 @@ def natural_law(
     :raises UnsupportedLaw: if there is no way to the law, saying why.
     """
     state.program.refuse_unseen(state.what)
-    for way in WAYS:
+    refuse_spread(state)
+    ways = (_apart,) if state.is_apart else WAYS
+    for way in ways:
         realized = way(state, value)
         if realized is not None:
             return realized
     return _sampled(state, value, sampler, store)
+
+
+def refuse_spread(state: MicroState) -> None:
+    """An error if a micro state depends on sites of other ranks."""
+    own = {frame.name for frame in state.layout.frames} | {*state.layout.over}
+    relevant, _ = state.program.relevant(state.macro.micro, state.given, state.what)
+    for name in sorted(relevant):
+        for frame in state.program.sites[name].frames:
+            if shards_of(frame) is not None and frame.name not in own:
+                raise UnsupportedLaw(
+                    f"{state.what}: its micro sites depend on {name!r}, in plate "
+                    f"{frame.name!r}, which is split over ranks. Expected ancestors "
+                    f"outside of it, or held at their values: given=[{name!r}]."
+                )
 
 
 def _sampled(
@@ -111,6 +128,15 @@ def _family(state: MicroState, value: Tensor) -> Realized | None:
     result = law(size, common, scale, value)
     result.refuse(state.what)
     return Realized(result, state.layout)
+
+
+def _apart(state: MicroState, value: Tensor) -> Realized:
+    """Elements on several ranks: what is Gaussian needs nothing but sums over them."""
+    law = state.gaussian()
+    rows, value, _ = state.fibre(law, value)
+    micro = ShardedNatural(law.loc, law.covariance, rows, value)
+    micro.method = law.method
+    return Realized(micro.to(state.like.dtype), law.layout, met=micro.has_drawn)
 
 
 def _gaussian(state: MicroState, value: Tensor) -> Realized | None:

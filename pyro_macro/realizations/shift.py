@@ -12,6 +12,7 @@ from torch import Tensor
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
 from pyro_macro.laws.elements import variance_of
 from pyro_macro.laws.gaussian.fibre import NaturalNormal
+from pyro_macro.laws.gaussian.sharded import ShardedNatural
 from pyro_macro.laws.product import StackedSites
 from pyro_macro.program.inner import unwrapped
 from pyro_macro.realizations.base import (
@@ -56,6 +57,7 @@ class Shift(Realization):
     along: Tensor | Sequence[float] | None = None
     given: Given = ()
     acts_on_natural = True
+    spans_ranks = True
 
     def macro_value(self, state: MicroState) -> None:
         return None
@@ -82,7 +84,8 @@ class Shift(Realization):
         if self.along is None:
             law = state.gaussian()
             rows, moved, pivots = state.fibre(law, delta)
-            gain = NaturalNormal(law.loc, law.covariance, rows, moved, pivots).gain
+            kind = ShardedNatural if state.is_apart else NaturalNormal
+            gain = kind(law.loc, law.covariance, rows, moved, pivots).gain
             step = (gain @ moved.unsqueeze(-1)).squeeze(-1)
             return state.layout.stack(law.layout.unstack(step)).to(state.like)
         along = state.unit_state(self.along, "along has")
@@ -98,7 +101,7 @@ class Shift(Realization):
             own = variance_of(unwrapped(site.fn))
             parts[name] = own + torch.zeros_like(site.value, dtype=own.dtype)
         weighted = state.layout.stack(parts).to(state.like) * state.rows[0]
-        total = (weighted * state.rows[0]).sum(-1, keepdim=True)
+        total = state.across((weighted * state.rows[0]).sum(-1, keepdim=True))
         if not bool((total.isfinite() & (total > 0)).all()):
             raise UnsupportedLaw(
                 f"{state.what}: its variance is {total.flatten()[0].item()}, so that "

@@ -189,9 +189,10 @@ class CountsGivenSum(EnumerableLaw, GivenSum):
         total = int(self.sum.flatten()[0])
         if bool((self.sum != total).any()) or self.event_shape[0] > 64 or total > 1e4:
             return None
-        codes = torch.arange(total + 1).expand(self.event_shape[0], -1)
+        sums = torch.arange(total + 1, device=self.sum.device)
+        codes = sums.expand(self.event_shape[0], -1)
         codes = torch.where(codes <= self._limits.unsqueeze(-1), codes, -1)
-        allowed = torch.arange(total + 1) == total
+        allowed = sums == total
         return states_on(codes.to(torch.long), allowed, ENUMERABLE)
 
 

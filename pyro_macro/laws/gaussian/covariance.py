@@ -14,6 +14,8 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Size, Tensor
@@ -22,7 +24,20 @@ from pyro_macro.program.shapes import broadcast_shapes
 
 
 class Covariance(ABC):
-    """A positive definite matrix of size ``K``, possibly batched."""
+    """A positive definite matrix of size ``K``, possibly batched.
+
+    :cvar shards: how its elements are split over ranks; ``None`` if they are all here.
+    """
+
+    shards: Any = None
+
+    def across(self, contraction: Tensor) -> Tensor:
+        """A sum over all elements, from that over those that are here."""
+        return contraction
+
+    def count(self, size: int) -> int:
+        """The number of all elements, from that of those that are here."""
+        return size
 
     @abstractmethod
     def matmul(self, matrix: Tensor) -> Tensor:
@@ -63,13 +78,17 @@ class Covariance(ABC):
         :param shape: a shape that the batch broadcasts to.
         :param like: a tensor with the dtype and device of the draws.
         """
+        return self.colour(self.noise(shape, like))
+
+    def noise(self, shape: Size, like: Tensor) -> Tensor:
+        """Standard normal noise for draws of shape ``shape + (K,)``."""
         size = shape + Size([self.noise_size])
-        return self.colour(torch.randn(size, dtype=like.dtype, device=like.device))
+        return torch.randn(size, dtype=like.dtype, device=like.device)
 
     def quadratic(self, vector: Tensor) -> Tensor:
         """``x' C^-1 x`` for ``x`` of shape ``(..., K)``."""
         column = vector.unsqueeze(-1)
-        return (column * self.solve(column)).sum((-2, -1))
+        return self.across((column * self.solve(column)).sum((-2, -1)))
 
     def dense(self, like: Tensor) -> Tensor:
         """The matrix itself: for small sizes, and for tests."""
@@ -153,19 +172,38 @@ class Shared(Covariance):
     sign = 1
 
     def __init__(self, base: Covariance, factor: Tensor) -> None:
-        self.base, self.factor = base, factor
+        self.base, self.factor, self.shards = base, factor, base.shards
         self._solved = base.solve(factor)  # C^-1 F
-        inner = self.sign * factor.mT @ self._solved  # (..., r, r)
+        if self.shards is None:
+            _ = self._cholesky
+
+    @cached_property
+    def _cholesky(self) -> Tensor:
+        inner = self.sign * self.across(self.factor.mT @ self._solved)  # (..., r, r)
         identity = torch.eye(inner.shape[-1], dtype=inner.dtype, device=inner.device)
-        self._cholesky = torch.linalg.cholesky(identity + inner)
+        return torch.linalg.cholesky(identity + inner)
+
+    def across(self, contraction: Tensor) -> Tensor:
+        return self.base.across(contraction)
+
+    def count(self, size: int) -> int:
+        return self.base.count(size)
+
+    def noise(self, shape: Size, like: Tensor) -> Tensor:
+        if self.shards is None:
+            return super().noise(shape, like)
+        # What is shared is the same on all ranks
+        size = shape + self.factor.shape[-1:]
+        shared = torch.randn(size, dtype=like.dtype, device=like.device)
+        return torch.cat([self.base.noise(shape, like), shared], -1)
 
     def matmul(self, matrix: Tensor) -> Tensor:
-        shared = self.factor @ (self.factor.mT @ matrix)
+        shared = self.factor @ self.across(self.factor.mT @ matrix)
         return self.base.matmul(matrix) + self.sign * shared
 
     def solve(self, matrix: Tensor) -> Tensor:
         # Woodbury's identity, with the capacitance matrix I +- F' C^-1 F
-        small = Dense(self._cholesky).solve(self._solved.mT @ matrix)
+        small = Dense(self._cholesky).solve(self.across(self._solved.mT @ matrix))
         return self.base.solve(matrix) - self.sign * self._solved @ small
 
     def logdet(self) -> Tensor:
@@ -193,12 +231,17 @@ class Explained(Shared):
 
     sign = -1
 
+    def __init__(self, base: Covariance, factor: Tensor) -> None:
+        super().__init__(base, factor)
+        _ = self._cholesky  # here, and in this dtype, it may fail
+
     def colour(self, noise: Tensor) -> Tensor:
         # Draw the elements, then the known quantities given them, and take out what
         # the latter explain.
         own, rest = noise.split([self.base.noise_size, self.factor.shape[-1]], -1)
         draw = self.base.colour(own)
-        known = matvec(self._solved.mT, draw) + matvec(self._cholesky, rest)
+        known = self.across(matvec(self._solved.mT, draw))
+        known = known + matvec(self._cholesky, rest)
         return draw - matvec(self.factor, known)
 
 
@@ -252,7 +295,7 @@ class Blocks(Covariance):
 
 def log_normal(covariance: Covariance, centred: Tensor) -> Tensor:
     """The log density of a centred normal at ``centred``, shape ``(..., K)``."""
-    size = centred.shape[-1]
+    size = covariance.count(centred.shape[-1])
     return -0.5 * (
         covariance.quadratic(centred)
         + covariance.logdet()

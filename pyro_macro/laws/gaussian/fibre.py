@@ -252,8 +252,11 @@ class FibreDistribution(MicroLaw):
 
 
 @noise_form.register(FibreDistribution)
-def _fibre_noise(fn: FibreDistribution) -> NoiseForm:
+def _fibre_noise(fn: FibreDistribution) -> NoiseForm | None:
     """So that a program under one macro intervention can be read for the next."""
+
+    if fn.covariance.shards is not None:
+        return None  # one rank alone cannot take derivatives of the total
 
     def affine(noise: Tensor | None) -> Tensor:
         assert noise is not None
@@ -281,7 +284,8 @@ class NaturalNormal(FibreDistribution):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         crossed = self.covariance.matmul(self.rows.mT)  # Cov(X, rows X): (..., K, m)
-        self.total = Dense(torch.linalg.cholesky(self.rows @ crossed))
+        total = self.covariance.across(self.rows @ crossed)
+        self.total = Dense(torch.linalg.cholesky(total))
         self.gain = self.total.solve(crossed.mT).mT  # (..., K, m)
 
     def _onto(self, x: Tensor, own: bool = False) -> Tensor:
@@ -293,8 +297,11 @@ class NaturalNormal(FibreDistribution):
     def _log_density(self, value: Tensor) -> Tensor:
         inside = log_normal(self.covariance, value - self.loc)
         total = log_normal(self.total, self._miss(self.loc))
-        solved = torch.linalg.det(self.rows[:, self.pivots]).abs().log()
-        return inside - total - solved
+        return inside - total - self._log_solved()
+
+    def _log_solved(self) -> Tensor:
+        """The log determinant of the weights of the pivots."""
+        return torch.linalg.det(self.rows[:, self.pivots]).abs().log()
 
     @property
     def log_total(self) -> Tensor:

@@ -23,6 +23,7 @@ from pyro_macro.laws.gaussian.derivatives import (
     covariances_by_columns,
     covariances_by_rows,
 )
+from pyro_macro.laws.gaussian.sharded import ShardedStructure, refuse_apart
 from pyro_macro.laws.gaussian.structure import Structure
 from pyro_macro.laws.upstream import Evidence, Upstream
 from pyro_macro.program.inner import Site, unwrapped
@@ -102,6 +103,8 @@ class GaussianProgram(Upstream):
             else self._is_differentiable(names, evidence)
         )
         base = Layout(sites, over, what)
+        if base.shards is not None:
+            refuse_apart(evidence, what)
         values = {site.name: site.value for site in sites}
         view = NoiseView(base.stack(values), noises, differentiable)
         known = [NoiseView(e.of(self.zero), noises, False) for e in evidence]
@@ -129,7 +132,8 @@ class GaussianProgram(Upstream):
             self._check(layout, view, scale, what)
         # Covariances in float64, whatever the model's dtype: differences of large
         # terms decide how wide a fibre is
-        structure = Structure(layout, view, scale.double().square())
+        kind = Structure if layout.shards is None else ShardedStructure
+        structure = kind(layout, view, scale.double().square())
         loc, covariance = view.output, structure.covariance(what)
         if evidence:
             loc, covariance = self._condition(

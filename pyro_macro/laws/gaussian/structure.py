@@ -35,7 +35,12 @@ class Structure:
     *grain*: plates, then event dimensions). A group of noises is *local* to a depth if
     noise at one place of the first dimensions of the grain acts only there. That is
     supposed from the shapes, and checked with a random direction.
+
+    :cvar coarsest: the depth down to which elements are independent whatever the
+        noises.
     """
+
+    coarsest = 0
 
     def __init__(self, layout: Layout, view: NoiseView, variance: Tensor) -> None:
         self.layout, self.view, self.variance = layout, view, variance
@@ -45,6 +50,13 @@ class Structure:
         self.plates = [] if grain is None else layout.over_dims
 
     def covariance(self, what: str) -> Covariance:
+        groups, shared = self._groups()
+        if shared:
+            groups.append((0, self._columns(shared)))
+        return self._of(groups, what)
+
+    def _groups(self) -> tuple[list[tuple[int, Tensor]], list[Noise]]:
+        """The noises that are local, by depth, and those that all elements share."""
         groups: list[tuple[int, Tensor]] = []
         shared: list[Noise] = []
         for noise in self.view.noises:
@@ -53,10 +65,13 @@ class Structure:
                 shared.append(noise)
             else:
                 groups.append((depth, columns))
-        if shared:
-            directions = all_directions(shared, self.layout)
-            columns = self.view.forward(directions).movedim(0, -1)
-            groups.append((0, columns.double()))
+        return groups, shared
+
+    def _columns(self, shared: list[Noise]) -> Tensor:
+        directions = all_directions(shared, self.layout)
+        return self.view.forward(directions).movedim(0, -1).double()
+
+    def _of(self, groups: list[tuple[int, Tensor]], what: str) -> Covariance:
         if self._has_gaps():
             return self._without_own_noise(groups, what)
         return self._nest(groups)
@@ -66,7 +81,7 @@ class Structure:
 
     def _nest(self, groups: list[tuple[int, Tensor]]) -> Covariance:
         """From the finest level to the coarsest, each adding the noises it shares."""
-        depths = sorted({depth for depth, _ in groups} | {0})
+        depths = sorted({depth for depth, _ in groups} | {0, self.coarsest})
         covariance: Covariance | None = None
         for i in reversed(range(len(depths))):
             levels = depths[: i + 1]
@@ -92,7 +107,7 @@ class Structure:
     ) -> Covariance:
         """Elements without noise of their own: dense blocks, as small as can be."""
         depths = sorted({depth for depth, _ in groups if depth})
-        for depth in reversed([0, *depths]):
+        for depth in depths[:1] if self.coarsest else reversed([0, *depths]):
             inside = [
                 self._spread(c, depth, d)
                 for d, c in groups
