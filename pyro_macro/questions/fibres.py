@@ -84,7 +84,7 @@ class FibreProgram:
     ) -> None:
         model = (structural(model[0]), *model[1:])
         self.model, self.macro = model, macro
-        unseen = preserved_random_state(torch.device("cpu"))
+        unseen = preserved_random_state()
         with torch.no_grad(), preserved_params(), detached(), unseen:
             self._cut = Cut(model, macro, {"effect": _random_sites(model)})
         self._sampler = Sampler(model, self._cut, count, seed)
@@ -103,7 +103,7 @@ class FibreProgram:
                 f"{self.what} is {macro.aggregation!r}. Expected a weighted sum of all "
                 "elements, whose fibres are straight: Sum, Mean or Linear."
             )
-        self.weights = rows[0].double()
+        self.weights = rows[0].double().cpu()
 
     @property
     def elements(self) -> list[str]:
@@ -125,7 +125,7 @@ class FibreProgram:
             like = site.value.double()
             for end, found in zip(ends, bounds(unwrapped(site.fn), like), strict=True):
                 end[name] = found + torch.zeros_like(like)
-        low, high = (self._layout.stack(end).reshape(-1) for end in ends)
+        low, high = (self._layout.stack(end).reshape(-1).cpu() for end in ends)
         return low, high
 
     def under(self, way: Realization) -> OnFibre:
@@ -158,8 +158,8 @@ class FibreProgram:
         """Micro states, and their macro values."""
         quantities = [*self._cut.micro_sites, self._cut.cause]
         *parts, totals = self._sampler.draw(fn, quantities)
-        states = self._layout.stack(self._cut.as_values(parts)).double()
-        return states.reshape(len(totals), -1), totals.flatten()
+        states = self._layout.stack(self._cut.as_values(parts)).double().cpu()
+        return states.reshape(len(totals), -1), totals.flatten().cpu()
 
     def _law(self, fn: Callable[..., Any], draws: Tensor) -> _Law | None:
         """That of the latent site, if it has a density, the same in each run."""
@@ -176,9 +176,9 @@ class FibreProgram:
         node: Any = nodes.get(f"{self.macro.name}__micro")
         if node is None:
             return None
-        law = _Law(node["fn"], node["value"].dtype)
+        law = _Law(node["fn"], node["value"].detach())
         try:
-            law(node["value"].detach().double().reshape(1, -1))
+            law(law.like.reshape(1, -1))
         except (NotImplementedError, PyroMacroError):  # it is known by draws
             return None
         return law
@@ -204,23 +204,24 @@ class FibreProgram:
 class _Law:
     """The density of a latent site, zero off its support."""
 
-    def __init__(self, law: Any, dtype: torch.dtype) -> None:
-        self.law, self.dtype = law, dtype
+    def __init__(self, law: Any, like: Tensor) -> None:
+        self.law, self.like = law, like
 
     def __call__(self, points: Tensor) -> Tensor:
         lead = points.shape[:1] + (1,) * len(self.law.batch_shape)
-        whole = points.reshape(lead + points.shape[-1:]).to(self.dtype)
+        whole = points.reshape(lead + points.shape[-1:]).to(self.like)
         with torch.no_grad(), pyro.validation_enabled(False):
             inside = self.law.support.check(whole)
             density = self.law.log_prob(whole).double().exp()
         # A support that a user has put together may say less than the density does
-        return torch.where(inside & ~density.isnan(), density, 0.0).reshape(-1)
+        known = torch.where(inside & ~density.isnan(), density, 0.0)
+        return known.reshape(-1).cpu()
 
     def listed(self) -> Tensor | None:
         """All states that have a probability, where the law can list them."""
         if not self.law.has_enumerate_support:
             return None
-        states = self.law.enumerate_support().double()
+        states = self.law.enumerate_support().double().cpu()
         return states.reshape(-1, states.shape[-1])
 
 
