@@ -24,7 +24,7 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
-	$(BIN)/mypy --strict --python-version 3.11 tests/typed_use.py
+	$(BIN)/mypy --strict tests/typed_use.py
 
 unit: $(READY)
 	$(BIN)/pytest -m "not slow"

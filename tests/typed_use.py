@@ -6,12 +6,11 @@
 Checked by `make types`, and never run.
 """
 
-from typing import assert_type
-
 import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from typing_extensions import assert_type
 
 import pyro_macro as pm
 from pyro_macro.reports import ConfoundingReport, Descriptions, DoseResponse

@@ -4,7 +4,7 @@
 """One shop without a confounder, under two micro-realizations."""
 
 import matplotlib.pyplot as plt
-from models import SALES, by_advertising, shop
+from pictured import SALES, by_advertising, shop
 
 import pyro_macro as pm
 

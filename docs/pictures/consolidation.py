@@ -4,7 +4,7 @@
 """A tool that wears and is renewed, before and after consolidation."""
 
 import matplotlib.pyplot as plt
-from models import tool
+from pictured import tool
 
 import pyro_macro as pm
 

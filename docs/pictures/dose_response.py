@@ -4,7 +4,7 @@
 """Revenue along total sales, by micro-realization."""
 
 import torch
-from models import SALES, by_advertising, half_and_half, shop
+from pictured import SALES, by_advertising, half_and_half, shop
 
 import pyro_macro as pm
 

@@ -3,7 +3,7 @@
 
 """Micro-realizations of one total, on the fibre of two products."""
 
-from models import SALES, by_advertising, half_and_half, shop
+from pictured import SALES, by_advertising, half_and_half, shop
 
 import pyro_macro as pm
 

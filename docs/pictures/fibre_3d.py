@@ -4,7 +4,7 @@
 """Two micro-realizations of a total of three positive parts, on their triangle."""
 
 import matplotlib.pyplot as plt
-from models import crew
+from pictured import crew
 
 import pyro_macro as pm
 

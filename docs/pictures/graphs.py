@@ -4,7 +4,7 @@
 """An amalgamated graph, before and after a macro intervention."""
 
 import matplotlib.pyplot as plt
-from models import ALL_SOLD, REVENUE, season
+from pictured import ALL_SOLD, REVENUE, season
 
 import pyro_macro as pm
 

@@ -5,7 +5,7 @@
 
 import matplotlib.pyplot as plt
 import torch
-from models import SALES, by_advertising, half_and_half, shop
+from pictured import SALES, by_advertising, half_and_half, shop
 
 import pyro_macro as pm
 from pyro_macro.plots import COLORS
