@@ -30,13 +30,17 @@ source_suffix = {".md": "myst-nb", ".rst": "restructuredtext", ".ipynb": "myst-n
 nitpicky = True
 nitpick_ignore_regex = [  # what other projects document
     (r"py:.*", r"(torch|pyro|networkx|nx|matplotlib|pandas|graphviz)\b.*|Tensor"),
-    (r"py:.*", r"pyro_macro\.handlers\.(F|MacroDo|Aggregate)"),  # in overloads
+    (
+        r"py:.*",
+        r"pyro_macro\.handlers\.(Aggregate|Intervened|MacroDo|F|R)|P",
+    ),  # overloads
     (r"py:.*", r"(collections|typing)\b.*|Any|Ellipsis|optional"),
 ]
 
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_default_options = {"exclude-members": "__init__, __new__"}
 python_maximum_signature_line_length = 88
 

@@ -99,11 +99,11 @@ def aggregate(
     :raises UnknownSite: at the end of a run that did not meet a micro site.
     :raises NotAMicroState: if micro sites share no common shape.
 
-        >>> import pyro, pyro.distributions as dist, pyro_macro as pm
-        >>> sales = pm.MacroVariable("sales", micro=["x1", "x2"])
-        >>> nodes = pyro.poutine.trace(pm.aggregate(shop, [sales])).get_trace().nodes
-        >>> bool(nodes["sales"]["value"] == nodes["x1"]["value"] + nodes["x2"]["value"])
-        True
+    >>> import pyro, pyro.distributions as dist, pyro_macro as pm
+    >>> sales = pm.MacroVariable("sales", micro=["x1", "x2"])
+    >>> nodes = pyro.poutine.trace(pm.aggregate(shop, [sales])).get_trace().nodes
+    >>> bool(nodes["sales"]["value"] == nodes["x1"]["value"] + nodes["x2"]["value"])
+    True
     """
     handler = Aggregate(macros)
     return handler if fn is None else handler(fn)
@@ -172,12 +172,12 @@ def macro_do(fn: Any = None, interventions: Any = None) -> Any:
     :raises UnsupportedLaw: if a realization needs a law that is not known exactly.
     :raises OffFibre: if a micro state has another macro value than was set.
 
-        >>> import pyro, pyro.distributions as dist, pyro_macro as pm
-        >>> sales = pm.MacroVariable("sales", micro=["x1", "x2"])
-        >>> natural = pm.macro_do(shop, {sales: pm.Natural(33.0)})
-        >>> nodes = pyro.poutine.trace(natural).get_trace().nodes
-        >>> nodes["sales"]["value"], nodes["sales__micro"]["fn"].mean
-        (tensor(33.), tensor([12.4000, 20.6000]))
+    >>> import pyro, pyro.distributions as dist, pyro_macro as pm
+    >>> sales = pm.MacroVariable("sales", micro=["x1", "x2"])
+    >>> natural = pm.macro_do(shop, {sales: pm.Natural(33.0)})
+    >>> nodes = pyro.poutine.trace(natural).get_trace().nodes
+    >>> nodes["sales"]["value"], nodes["sales__micro"]["fn"].mean
+    (tensor(33.), tensor([12.4000, 20.6000]))
     """
     handler = MacroDo(interventions)
     return handler if fn is None else handler(fn)
