@@ -22,6 +22,8 @@ from pyro.poutine.runtime import Message
 from torch import Size, Tensor
 
 from pyro_macro.errors import Infeasible, OffFibre, UnsupportedLaw
+from pyro_macro.laws.finite.configurations import log_prob_of
+from pyro_macro.laws.finite.sums import NEVER
 from pyro_macro.laws.product import StackedSites
 from pyro_macro.laws.quantity import Quantity
 from pyro_macro.laws.upstream import Evidence, Upstream
@@ -88,13 +90,13 @@ class Unit(Upstream):
             if name not in self.zero.opaque or self.behind([name]):
                 continue
             support = getattr(unwrapped(site.fn), "support", None)
-            if support is not None and not bool(
-                site.fn.support.check(site.value).all()
-            ):
+            inside = support is None or bool(site.fn.support.check(site.value).all())
+            log = log_prob_of(site.fn, site.value, site) if inside else None
+            if log is None or bool((log <= NEVER / 2).any()):
                 raise Infeasible(
                     f"{WHO}: site {name!r} was seen to be {site.value.tolist()}, which "
-                    f"a {type(unwrapped(site.fn)).__name__} cannot be, off its support "
-                    f"{support}."
+                    f"a {type(unwrapped(site.fn)).__name__} cannot be beside the other "
+                    "values. Look at the values."
                 )
         certain = [n for n in seen if self.sites[n].deterministic]
         for known in [*self.totals, *map(self._held_evidence, certain)]:
@@ -193,7 +195,8 @@ class OtherWorld(NoiseRun):
         super().__init__(until, dict(unit.shared), {}, (), probe, before)
         self.unit, self.set_to = unit, frozenset(micro)
         self.changed, self.natural, self.moved = set(micro), set[str](), set[str]()
-        self._noisy_names: set[str] = set()
+        # Whether a value carries noise; where it is not said, if its parents do
+        self._noisy_values: dict[str, bool] = {}
 
     def choose(self, msg: Message, site: Site) -> Any:
         name, unit = site.name, self.unit
@@ -202,46 +205,41 @@ class OtherWorld(NoiseRun):
             self.changed.add(name)
         if site.deterministic:
             if name in unit.held and name not in self.changed:
+                self._noisy_values[name] = False
                 return unit.held[name]
             return unwrapped(site.fn).v if msg["value"] is None else msg["value"]
         law = unwrapped(site.fn)
+        parts = {name: site}
         if isinstance(law, StackedSites) and name not in unit.sites:
-            self.natural |= {p for p in law.parts if moved or p not in unit.held}
-            self.moved |= set(law.parts) if moved else set()
-            parts = {
-                part: self._as_in_unit(replace(site, name=part, fn=fn), moved)
-                for part, fn in law.parts.items()
-            }
-            if self._noisy_names & set(law.parts):
-                self._noisy_names.add(name)
-            return law.layout.stack(parts)
-        if name in unit.sites:
-            return self._as_in_unit(site, moved)
-        return self._under_noise(site)
+            parts = {n: replace(site, name=n, fn=fn) for n, fn in law.parts.items()}
+            self.natural |= {n for n in parts if moved or n not in unit.held}
+            self.moved |= set(parts) if moved else set()
+        if all(n in unit.held for n in parts) and not moved:
+            self._noisy_values[name] = False
+        elif any(unit.told(n) is None for n in parts):
+            self._noisy_values[name] = True
+        values = {n: self._as_in_unit(part, moved) for n, part in parts.items()}
+        return values[name] if name in values else law.layout.stack(values)
 
     def _as_in_unit(self, site: Site, moved: bool) -> Tensor:
-        """What a site is under its own noise.
+        """What a site is under its own noise, or under noise that is drawn anew.
 
-        :param moved: whether its parents may have other values.
+        :param moved: whether its parents may have other values than in the unit.
         """
-        if site.name in self.unit.held and not moved:
-            return self.unit.held[site.name]
-        return self._under_noise(site)
-
-    def _under_noise(self, site: Site) -> Tensor:
-        name, form = site.name, noise_form(site.fn)
-        if form is None:
-            self.opaque[name] = site.fn
-            if name in self.unit.sites:
-                return self.unit.sites[name].value
-            return draw(site.fn) if name not in self.before else self.before[name].value
-        self.forms[name] = form
-        if self.unit.told(name) is None:
-            self._noisy_names.add(name)
-        return self._value(site, form)
+        name, unit = site.name, self.unit
+        if name in unit.held and not moved:
+            return unit.held[name]
+        form = noise_form(site.fn)
+        if form is not None:
+            self.forms[name] = form
+            return self._value(site, form)
+        self.opaque[name] = site.fn
+        if name in unit.sites:
+            return unit.sites[name].value
+        return draw(site.fn) if name not in self.before else self.before[name].value
 
     def is_noisy(self, site: Site, from_parents: bool) -> bool:
-        return from_parents or site.name in self._noisy_names
+        return self._noisy_values.get(site.name, from_parents)
 
     def _noise(self, site: Site, kind: str, shape: Size, like: Tensor) -> Tensor:
         told = self.unit.told(site.name)

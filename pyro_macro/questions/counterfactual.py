@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -188,8 +189,11 @@ def _finite(asked: Asked, noise: str, trouble: str) -> CounterfactualReport:
     parts, values = [twin.as_it_was()], asked.done.values
     with torch.no_grad():
         for value in [None] if values is None else values.split(1):
-            model = asked.intervened(value), first, asked.until
-            parts.append(twin.under(*model, asked.layouts(value), asked.done.fixed))
+            model = partial(asked.intervened, value)
+            layouts = asked.layouts(value)
+            parts.append(
+                twin.under(model, first, asked.until, layouts, asked.done.fixed)
+            )
     outcomes, index = distinct(torch.cat([rows for rows, _ in parts]))
     table = torch.zeros(len(parts), len(outcomes), dtype=torch.float64)
     places = index.split([len(rows) for rows, _ in parts])

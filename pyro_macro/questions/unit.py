@@ -90,21 +90,26 @@ class Asked:
         stack.enter_context(preserved_random_state(torch.device("cpu")))
         return stack
 
-    def intervened(self, value: Tensor | None) -> tuple[Any, tuple, dict]:
-        """The program after the intervention, for one value or a grid of some."""
+    def intervened(
+        self, value: Tensor | None, count: int | None = None
+    ) -> tuple[Any, tuple, dict]:
+        """The program after the intervention, for one value or a grid of some.
+
+        :param count: of worlds side by side; as many as there are values by default.
+        """
         fn, args, kwargs = self.model
         n, depth = 1 if value is None else len(value), self.unit.depth
         bare = Unobserved(self.done.micro)(fn)
-        if value is None or n == 1:
-            one = None if value is None else value[0]
-            return self.done.on(bare, one), args, kwargs
+        size = n if count is None and n > 1 else count
 
         def worlds(*args: Any, **kwargs: Any) -> None:
-            with pyro.plate(WORLDS, n, dim=-depth - 1):
+            with pyro.plate(WORLDS, size, dim=-depth - 1):
                 bare(*args, **kwargs)
 
-        spread = value.reshape((n,) + (1,) * depth + tuple(value.shape[1:]))
-        return self.done.on(worlds, spread), args, kwargs
+        if value is not None:
+            wide = value.reshape((n,) + (1,) * depth + tuple(value.shape[1:]))
+            value = value[0] if n == 1 else wide
+        return self.done.on(bare if size is None else worlds, value), args, kwargs
 
     def world(
         self, value: Tensor | None, probe: int = 0, before: Any = None

@@ -63,7 +63,7 @@ class _Listed(ValuedRun):
         values: Mapping[str, Tensor],
         before: Mapping[str, Site],
     ) -> None:
-        super().__init__(until, unit.shared, values)
+        super().__init__(until, dict(unit.shared), values)
         self.before = before
 
     def otherwise(self, site: Site) -> Tensor:
@@ -235,7 +235,7 @@ class FiniteTwin:
 
     def under(
         self,
-        model: tuple[Callable[..., Any], tuple, dict],
+        model: Callable[[int | None], tuple[Callable[..., Any], tuple, dict]],
         world: OtherWorld,
         until: Collection[str],
         layouts: Mapping[str, Layout],
@@ -243,7 +243,8 @@ class FiniteTwin:
     ) -> tuple[Tensor, Tensor]:
         """The values that the effect would have had, and weights.
 
-        :param model: the program after the intervention.
+        :param model: the program after the intervention; from a number, as many of it
+            side by side, in a plate.
         :param world: the same, as it was read.
         :param layouts: of the micro states that are drawn anew, by name of the site.
         :param macros: what is intervened on.
@@ -257,7 +258,7 @@ class _Other:
     def __init__(
         self,
         twin: FiniteTwin,
-        model: tuple[Callable[..., Any], tuple, dict],
+        model: Callable[[int | None], tuple[Callable[..., Any], tuple, dict]],
         world: OtherWorld,
         until: Collection[str],
         layouts: Mapping[str, Layout],
@@ -327,7 +328,7 @@ class _Other:
         for name, layout in self.natural.items():
             values[name] = layout.stack(before)
         run = _Listed(unit, self.until, values, self.world.sites)
-        run.run(*self.model)
+        run.run(*self.model(count if wide else None))
         found: Values = {"": torch.zeros(count, dtype=torch.float64)}
         for name in self.layouts:
             log = _log_prob(run.sites[name].fn, values[name], name)

@@ -107,7 +107,7 @@ class Abduction:
             form = self.unit.zero.forms.get(e.name)
             if e.macro is None and form is not None and form.scale is not None:
                 site = self.unit.sites[e.name]
-                frames = tuple(sorted((f.dim, f.size) for f in site.frames))
+                frames = frozenset(f.name for f in site.frames if f.vectorized)
                 groups.setdefault((frames, site.event_shape), []).append(e)
         sizes = {key: sum(e.value.numel() for e in es) for key, es in groups.items()}
         return groups[max(sizes, key=lambda key: sizes[key])] if groups else []
