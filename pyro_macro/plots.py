@@ -234,6 +234,8 @@ def plot_dose_response(
         macro value and of the effect; their names by default.
     :returns: the axes.
     """
+    if not 0 < level < 1:
+        raise PyroMacroError(f"plot: level is {level!r}. Expected one in (0, 1).")
     ax = _axes(ax)
     for i, curve in enumerate(report.curves):
         low, high = (curve.quantile((1 + sign * level) / 2) for sign in (-1, 1))

@@ -544,7 +544,14 @@ class Curve:
     outcomes: Outcomes | None
 
     def quantile(self, level: float) -> Tensor:
-        """A quantile of the effect at each macro value, shape of the mean."""
+        """A quantile of the effect at each macro value, shape of the mean.
+
+        :param level: between 0 and 1.
+        """
+        if isinstance(level, bool) or not isinstance(level, (int, float)):
+            raise PyroMacroError(f"quantile: level is {level!r}. Expected a number.")
+        if not 0 <= level <= 1:
+            raise PyroMacroError(f"quantile: level is {level}. Expected one in [0, 1].")
         laws = self.outcomes
         if laws is None:
             raise PyroMacroError(
@@ -555,7 +562,8 @@ class Curve:
             return laws.draws.double().quantile(level, dim=-1)
         if laws.values is not None and laws.weights is not None:
             values, order = laws.values.sort()
-            reached = laws.weights[:, order].cumsum(-1) >= level - 1e-12
+            steps = laws.weights[:, order].double().cumsum(-1)
+            reached = steps >= level * steps[:, -1:] - 1e-12
             return values[reached.int().argmax(-1)]
         step = torch.special.ndtri(torch.tensor(level, dtype=torch.float64))
         return self.mean + step * self.variance.clamp(min=0).sqrt()
