@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
+DIST := .venv-dist
 
-.PHONY: demo test test-slow lint types unit notebooks bench clean
+.PHONY: demo test test-slow lint types unit notebooks docs pictures dist bench clean
 
 $(READY): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +24,7 @@ lint: $(READY)
 
 types: $(READY)
 	$(BIN)/mypy
+	$(BIN)/mypy --strict tests/typed_use.py
 
 unit: $(READY)
 	$(BIN)/pytest -m "not slow"
@@ -33,6 +35,32 @@ test-slow: $(READY)
 notebooks: $(READY)
 	$(BIN)/python tests/run_notebooks.py
 
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs  # into build/docs/index.html
+	$(BIN)/sphinx-build -W --keep-going -n -q -b html docs build/docs
+
+pictures: $(READY)  # those of the documentation, drawn again
+	$(BIN)/python docs/pictures/draw_all.py
+
+$(DIST)/.installed: constraints.txt
+	$(PYTHON) -m venv $(DIST)
+	$(DIST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	touch $@
+
+# What would be published, each installed where there is nothing else, and used there
+dist: $(READY) $(DIST)/.installed
+	rm -rf dist
+	$(BIN)/pip install --quiet --disable-pip-version-check build
+	$(BIN)/python -m build --outdir dist .
+	for made in dist/*.whl dist/*.tar.gz; do \
+		$(DIST)/bin/pip uninstall --quiet --yes pyro_macro; \
+		$(DIST)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt $$made \
+		&& $(DIST)/bin/python -I tests/installed.py || exit 1; \
+	done
+
 bench: $(READY)
 	$(BIN)/python benchmarks/natural.py
 	$(BIN)/python benchmarks/finite.py
@@ -41,4 +69,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/posterior.py
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DIST) build dist docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -45,6 +45,7 @@ from pyro_macro.plots import (
     plot_confounding,
     plot_dose_response,
 )
+from pyro_macro.plots_fibre import plot_fibre
 from pyro_macro.questions.adjustment import NotAdjusted, macro_adjust
 from pyro_macro.questions.conditions import (
     NotAChain,
@@ -143,6 +144,7 @@ __all__ = [
     "plot_adjustment",
     "plot_confounding",
     "plot_dose_response",
+    "plot_fibre",
     "render",
     "sharded_plate",
     "shift_confounding",

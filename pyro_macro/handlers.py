@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 import pyro.distributions as dist
 import torch
@@ -65,6 +65,8 @@ from pyro_macro.sharding.draws import by_shards
 from pyro_macro.units import units
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
 
 @overload
@@ -107,8 +109,24 @@ def aggregate(
     return handler if fn is None else handler(fn)
 
 
+class Intervened(Protocol[P, R]):
+    """A model under :func:`macro_do`: the same, and what describes it."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def describe(self, *args: P.args, **kwargs: P.kwargs) -> Descriptions: ...
+
+
 @overload
-def macro_do(fn: F, interventions: Mapping[MacroVariable, Realization]) -> F: ...
+def macro_do(
+    fn: torch.nn.Module, interventions: Mapping[MacroVariable, Realization]
+) -> Any: ...
+
+
+@overload
+def macro_do(
+    fn: Callable[P, R], interventions: Mapping[MacroVariable, Realization]
+) -> Intervened[P, R]: ...
 
 
 @overload
@@ -216,6 +234,8 @@ class _Handler(Messenger):
         scope: Any = {
             k: infer[k] for k in ("_markov_depth", "_markov_scope") if k in infer
         }
+        if value is not None:
+            scope["_deterministic"] = True
         msg = Message(
             type="sample",
             name=name,
@@ -224,7 +244,7 @@ class _Handler(Messenger):
             args=(),
             kwargs={},
             value=value,
-            infer=scope if value is None else {**scope, "_deterministic": True},
+            infer=scope,
             scale=_scale(like, frames),
             mask=like["mask"],
             cond_indep_stack=frames,

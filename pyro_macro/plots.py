@@ -28,7 +28,8 @@ STYLES = ["-", "--", "-.", ":"]
 SEEN, DONE, OTHER = "#4477AA", "#CC6677", "#228833"
 
 
-def _axes(ax: Any) -> Any:
+def axes_of(ax: Any) -> Any:
+    """Axes of matplotlib to draw into: new ones, if there are none."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -40,7 +41,8 @@ def _axes(ax: Any) -> Any:
     return plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
 
 
-def _finished(ax: Any) -> Any:
+def finished(ax: Any) -> Any:
+    """The same axes, without what frames them above and on the right."""
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -83,7 +85,7 @@ def plot_confounding(report: ConfoundingReport, ax: Any = None) -> Any:
         report.interventional_mean,
         report.interventional_variance,
     )
-    ax = _axes(ax)
+    ax = axes_of(ax)
     seen = f"seen: P({report.effect} | {report.cause})"
     done = f"set: P({report.effect} | do({report.cause}))"
     if len(at) == 1:
@@ -108,7 +110,7 @@ def plot_confounding(report: ConfoundingReport, ax: Any = None) -> Any:
         ax.set_ylabel(report.effect)
         ax.set_title(f"{report.realization}: {report.verdict}")
     ax.legend(frameon=False)
-    return _finished(ax)
+    return finished(ax)
 
 
 def _bins(*laws: Outcomes) -> Any:
@@ -164,7 +166,7 @@ def plot_adjustment(report: AdjustmentReport, ax: Any = None) -> Any:
         report.interventional_mean,
         report.interventional_variance,
     )
-    ax = _axes(ax)
+    ax = axes_of(ax)
     _band(
         ax, at, (laws[0], laws[1]), SEEN, f"seen: P({report.effect} | {report.cause})"
     )
@@ -178,7 +180,7 @@ def plot_adjustment(report: AdjustmentReport, ax: Any = None) -> Any:
     said = "holds" if report.condition.holds else "does not hold"
     ax.set_title(f"adjusted for {names}: condition (15) {said}")
     ax.legend(frameon=False)
-    return _finished(ax)
+    return finished(ax)
 
 
 def plot_effect(report: EffectReport, ax: Any = None) -> Any:
@@ -188,11 +190,11 @@ def plot_effect(report: EffectReport, ax: Any = None) -> Any:
     :returns: the axes.
     """
     at, mean, variance = _numbers(report.at, report.mean, report.variance)
-    ax = _axes(ax)
+    ax = axes_of(ax)
     _band(ax, at, (mean, variance), DONE, report.effect)
     ax.set_xlabel(report.cause)
     ax.set_ylabel(report.effect)
-    return _finished(ax)
+    return finished(ax)
 
 
 def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
@@ -201,7 +203,7 @@ def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
     :param ax: axes of matplotlib; new ones by default.
     :returns: the axes.
     """
-    ax = _axes(ax)
+    ax = axes_of(ax)
     said = "a realization inhibits" if report.feasible else "no realization inhibits"
     left, right = report.observational_variance, report.noise_variance
     if left is not None and right is not None:
@@ -218,7 +220,7 @@ def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
         ax.set_xlabel(report.cause)
         ax.set_ylabel("total variation left")
     ax.set_title(said)
-    return _finished(ax)
+    return finished(ax)
 
 
 def plot_dose_response(
@@ -236,7 +238,7 @@ def plot_dose_response(
     """
     if not 0 < level < 1:
         raise PyroMacroError(f"plot: level is {level!r}. Expected one in (0, 1).")
-    ax = _axes(ax)
+    ax = axes_of(ax)
     for i, curve in enumerate(report.curves):
         low, high = (curve.quantile((1 + sign * level) / 2) for sign in (-1, 1))
         at, mean, low, high = _numbers(report.at, curve.mean, low, high)
@@ -248,7 +250,7 @@ def plot_dose_response(
     ax.set_ylabel(effect)
     ax.set_title(f"{report.effect} when {report.cause} is set, {level:.0%} bands")
     ax.legend(frameon=False)
-    return _finished(ax)
+    return finished(ax)
 
 
 def plot_counterfactual(report: CounterfactualReport, ax: Any = None) -> Any:
@@ -262,7 +264,7 @@ def plot_counterfactual(report: CounterfactualReport, ax: Any = None) -> Any:
     at, mean, variance = _numbers(report.at, report.mean, report.variance)
     was = float(report.factual_mean), float(report.factual_variance) ** 0.5
     cause = report.cause.split(", ")[0]
-    ax, would = _axes(ax), "as it would be"
+    ax, would = axes_of(ax), "as it would be"
     if len(at) > 1:
         _band(ax, at, (mean, variance), DONE, would)
         ax.axhline(was[0], color=SEEN, label="as it was", lw=1.8)
@@ -284,7 +286,7 @@ def plot_counterfactual(report: CounterfactualReport, ax: Any = None) -> Any:
         ax.set_ylim(0, 1.25 * ax.get_ylim()[1])  # room for the legend
         ax.set_title(f"{cause}: {report.realization} at {at[0]:g}")
     ax.legend(frameon=False)
-    return _finished(ax)
+    return finished(ax)
 
 
 PICTURES[DoseResponse] = plot_dose_response

@@ -13,7 +13,8 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_macro.laws.base import MicroFibre, MicroLaw
-from pyro_macro.laws.sampled.coordinates import Elements, IntervalTransform
+from pyro_macro.laws.elements import Elements
+from pyro_macro.laws.sampled.coordinates import IntervalTransform
 
 
 class UniformOnPolytope(MicroLaw):
