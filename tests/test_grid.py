@@ -54,6 +54,8 @@ def drawn(make, count=COUNT, seed=0, plate=pm.grid, n=N):
 
 # -- The law at each place ---------------------------------------------------------
 
+CHANCES = double([0.1, 0.4, 0.8])
+
 # By name: the distribution, and its law at place i, from scipy
 EXP, SIGMOID = transforms.ExpTransform(), transforms.SigmoidTransform()
 AFFINE = transforms.AffineTransform
@@ -143,6 +145,10 @@ COUPLED = {
     "Kumaraswamy": (
         lambda: dist.Kumaraswamy(POS, 1.0),
         lambda i: stats.beta(POS[i, 0], 1.0),
+    ),
+    "ContinuousBernoulli": (
+        lambda: dist.ContinuousBernoulli(CHANCES.unsqueeze(-1)),
+        lambda i: Through(stats.uniform(), dist.ContinuousBernoulli(CHANCES[i]).cdf),
     ),
     "Logistic": (
         lambda: dist.Logistic(LOC, SCALE),
@@ -248,6 +254,16 @@ ALONE = {  # families without a way to couple them: right by themselves
         lambda: Hidden(lambda: dist.Gamma(POS, 1.0), torch.ones(N, 1)),
         lambda i: stats.gamma(POS[i, 0]),
     ),
+    "a law of the user, masked": (
+        lambda: Hidden(lambda: dist.Gamma(POS, 1.0), torch.ones(N, 1)).mask(True),
+        lambda i: stats.gamma(POS[i, 0]),
+    ),
+    "a law of the user, transformed": (
+        lambda: transformed(
+            Hidden(lambda: dist.Gamma(POS, 1.0), torch.ones(N, 1)), EXP
+        ),
+        lambda i: Through(stats.gamma(POS[i, 0]), torch.log),
+    ),
 }
 
 
@@ -294,6 +310,52 @@ def test_the_law_at_each_place(name):
         assert len(x[i].unique()) > 0.99 * COUNT  # independent along the draws
         p = stats.kstest(x[i].numpy(), law(i).cdf).pvalue
         assert p > LEVEL, (i, p)
+
+
+class ClampedNormal(dist.Normal):
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).clamp(min=0.0)
+
+
+class ClampedExponential(dist.Exponential):
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).clamp(max=0.3)
+
+
+class ClampedLogNormal(dist.LogNormal):
+    def rsample(self, sample_shape=()):
+        return super().rsample(sample_shape).clamp(max=0.3)
+
+
+class Turned(dist.Bernoulli):
+    def sample(self, sample_shape=()):
+        return 1 - super().sample(sample_shape)
+
+
+@pytest.mark.parametrize(
+    "make, least, share",
+    [
+        (lambda: ClampedNormal(LOC, 1.0), 0.0, lambda i: stats.norm.cdf(-LOC[i, 0])),
+        (
+            lambda: ClampedExponential(POS),
+            0.3,
+            lambda i: stats.expon.sf(0.3 * POS[i, 0]),
+        ),
+        (
+            lambda: ClampedLogNormal(LOC, 1.0),
+            0.3,
+            lambda i: stats.norm.sf(np.log(0.3) - float(LOC[i, 0])),
+        ),
+        (lambda: Turned(PROB), 0.0, lambda i: float(PROB[i, 0])),
+    ],
+    ids=["Normal", "Exponential", "LogNormal", "Bernoulli"],
+)
+def test_subclasses_that_draw_in_another_way(make, least, share):
+    """They are drawn as they say: a share of draws is at the end."""
+    x = drawn(make)
+    for i in range(N):
+        found, p = int((x[i] == least).sum()), float(share(i))
+        assert stats.binomtest(found, COUNT, p).pvalue > LEVEL
 
 
 @pytest.mark.parametrize("name", COUPLED)
