@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DIST := .venv-dist
+BENCH := .venv-bench
+SCRIPTS := natural total memory verdict chain finite_chain posterior overhead grid finite
 
 .PHONY: demo test test-slow lint types unit notebooks docs pictures dist bench clean
 
@@ -11,6 +13,12 @@ $(READY): setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[demo,test]"
+	touch $@
+
+$(BENCH)/.installed: setup.cfg constraints.txt
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(BENCH)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	touch $@
 
 demo: $(READY)
@@ -27,7 +35,7 @@ types: $(READY)
 	$(BIN)/mypy --strict tests/typed_use.py
 
 unit: $(READY)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n auto -m "not slow"
 
 test-slow: $(READY)
 	$(BIN)/pytest -m slow
@@ -61,12 +69,10 @@ dist: $(READY) $(DIST)/.installed
 		&& $(DIST)/bin/python -I tests/installed.py || exit 1; \
 	done
 
-bench: $(READY)
-	$(BIN)/python benchmarks/natural.py
-	$(BIN)/python benchmarks/finite.py
-	$(BIN)/python benchmarks/verdict.py
-	$(BIN)/python benchmarks/chain.py
-	$(BIN)/python benchmarks/posterior.py
+bench: $(BENCH)/.installed
+	for script in $(SCRIPTS); do $(BENCH)/bin/python benchmarks/$$script.py || exit 1; done
+	$(BENCH)/bin/python benchmarks/report.py
 
 clean:
-	rm -rf $(VENV) $(DIST) build dist docs/tutorials *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(DIST) build dist docs/tutorials *.egg-info \
+		.pytest_cache .mypy_cache .ruff_cache

@@ -56,6 +56,7 @@ from pyro_macro.questions.coordinates import (
     change_of_coordinates,
     direction_of,
 )
+from pyro_macro.questions.counterfactual import counterfactual
 from pyro_macro.questions.feasibility import can_inhibit, structural_coefficient
 from pyro_macro.questions.noise import macro_noise
 from pyro_macro.questions.paradox import paradox
@@ -125,6 +126,7 @@ __all__ = [
     "change_of_coordinates",
     "confounding",
     "consolidate",
+    "counterfactual",
     "direction_of",
     "dose_response",
     "grid",

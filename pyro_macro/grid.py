@@ -231,8 +231,11 @@ def _by_uniform(fn: Any, dims: tuple[int, ...], sample_shape: Size) -> Tensor | 
         return (uniform < fn.probs).to(fn.probs)
     if isinstance(fn, Categorical):
         uniform = _uniform(sample_shape + _once(fn.batch_shape, dims), fn.probs)
-        steps = fn.probs.cumsum(-1)[..., :-1]
-        return (uniform.unsqueeze(-1) >= steps).sum(-1)
+        steps = fn.probs.cumsum(-1)
+        reached = (
+            uniform.unsqueeze(-1) * steps[..., -1:]
+        )  # which is one but for rounding
+        return (reached >= steps[..., :-1]).sum(-1)
     like = next((t for t in tensors_in(fn) if t.is_floating_point()), None)
     if like is None or not fn.has_rsample:
         return None

@@ -15,6 +15,7 @@ from pyro_macro.reports import (
     PICTURES,
     AdjustmentReport,
     ConfoundingReport,
+    CounterfactualReport,
     DoseResponse,
     EffectReport,
     FeasibilityReport,
@@ -235,6 +236,8 @@ def plot_dose_response(
         macro value and of the effect; their names by default.
     :returns: the axes.
     """
+    if not 0 < level < 1:
+        raise PyroMacroError(f"plot: level is {level!r}. Expected one in (0, 1).")
     ax = axes_of(ax)
     for i, curve in enumerate(report.curves):
         low, high = (curve.quantile((1 + sign * level) / 2) for sign in (-1, 1))
@@ -250,8 +253,45 @@ def plot_dose_response(
     return finished(ax)
 
 
+def plot_counterfactual(report: CounterfactualReport, ax: Any = None) -> Any:
+    """What an effect would have been along what the cause is set to; and what it was.
+
+    With a single macro value, the two whole distributions.
+
+    :param ax: axes of matplotlib; new ones by default.
+    :returns: the axes.
+    """
+    at, mean, variance = _numbers(report.at, report.mean, report.variance)
+    was = float(report.factual_mean), float(report.factual_variance) ** 0.5
+    cause = report.cause.split(", ")[0]
+    ax, would = axes_of(ax), "as it would be"
+    if len(at) > 1:
+        _band(ax, at, (mean, variance), DONE, would)
+        ax.axhline(was[0], color=SEEN, label="as it was", lw=1.8)
+        ax.axhspan(was[0] - was[1], was[0] + was[1], color=SEEN, alpha=0.12, lw=0)
+        ax.set_xlabel(cause)
+        ax.set_ylabel(report.effect)
+        ax.set_title(report.realization)
+    else:
+        first, second = Outcomes(), Outcomes()
+        if report.outcomes is not None and report.factual_probabilities is not None:
+            values, weights = report.outcomes[:, 0], report.factual_probabilities
+            first = Outcomes(values, weights.unsqueeze(0))
+            second = Outcomes(values, report.probabilities)
+        known = [was[0]], torch.tensor([was[1] ** 2]).numpy()
+        _distribution(ax, first, known, (SEEN, "as it was"), None)
+        _distribution(ax, second, (mean, variance), (DONE, would), None)
+        ax.set_xlabel(report.effect)
+        ax.set_ylabel("density" if report.outcomes is None else "probability")
+        ax.set_ylim(0, 1.25 * ax.get_ylim()[1])  # room for the legend
+        ax.set_title(f"{cause}: {report.realization} at {at[0]:g}")
+    ax.legend(frameon=False)
+    return finished(ax)
+
+
 PICTURES[DoseResponse] = plot_dose_response
 PICTURES[ConfoundingReport] = plot_confounding
 PICTURES[AdjustmentReport] = plot_adjustment
 PICTURES[EffectReport] = plot_effect
 PICTURES[FeasibilityReport] = plot_feasibility
+PICTURES[CounterfactualReport] = plot_counterfactual

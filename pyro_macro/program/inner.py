@@ -42,6 +42,8 @@ from pyro_macro.errors import PyroMacroError
 from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.tracking import NOISE, Tracker, kinks, site_names
 
+OWN = "_of_pyro_macro"  # marks hooks of this library, which change nothing
+
 
 @dataclass(frozen=True, eq=False)
 class Site:
@@ -265,6 +267,7 @@ def preserved_buffers() -> Iterator[None]:
             if id(buffer) not in before:
                 before[id(buffer)] = (buffer, buffer.detach().clone())
 
+    setattr(keep, OWN, True)
     handle = register_module_forward_pre_hook(keep)
     try:
         yield

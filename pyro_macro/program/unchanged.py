@@ -36,6 +36,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
+from pyro_macro.program.inner import OWN
+
 # Modules whose content does not change while a program runs
 _TRUSTED = """
     torch pyro pyro_macro numpy scipy opt_einsum math cmath functools operator itertools
@@ -196,7 +198,7 @@ def _is_watched() -> bool:
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
         or _global_forward_hooks
-        or _global_forward_pre_hooks
+        or any(not hasattr(h, OWN) for h in _global_forward_pre_hooks.values())
     )
 
 

@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -179,7 +181,7 @@ def draws_under(
         are drawn in one run.
     """
     effect = question.cut.others["effect"]
-    instance = question.instance(realization, at)
+    instance = question.instance(realization, at[:1])
     states = None
     if (
         is_natural(instance)
@@ -191,12 +193,11 @@ def draws_under(
         states = _from_chains(question, realization, instance, at)
     if states is not None:
         return sampler.under(states, effect[0], len(at))
-    fn = macro_do(
-        question.model[0],
-        {question.cause: question.instance(realization, at, draws=True)},
-    )
-    if sampler.is_vectorized(fn, len(at)):
-        return sampler.draw(fn, effect, grid=len(at), common=common)[0]
+    with suppress(RuntimeError, ValueError):  # of what is for one value alone
+        whole = question.instance(realization, at, draws=True)
+        fn = macro_do(question.model[0], {question.cause: whole})
+        if sampler.is_vectorized(fn, len(at)):
+            return sampler.draw(fn, effect, grid=len(at), common=common)[0]
     parts = []
     for value in at:
         one = question.instance(realization, value, alone=True)
@@ -206,9 +207,14 @@ def draws_under(
 
 
 def _is_exact(question: Question, realization: Realizing, at: Tensor) -> bool:
-    """Whether the law of the micro state is known exactly."""
+    """Whether the natural law of the micro state is known exactly."""
+
+    def unsampled(value: Tensor) -> Realization:
+        instance: Any = realization(value)
+        return dataclasses.replace(instance, sampler=None)
+
     try:
-        laws = [r.law for r in question.realized(realization, at)]
+        laws = [r.law for r in question.realized(unsampled, at)]
     except UnsupportedLaw:
         return False
     return all(getattr(law, "method", "").startswith("exact") for law in laws)

@@ -92,7 +92,8 @@ class Question:
         self.model: Model = (model, tuple(model_args), dict(model_kwargs or {}))
         self.cause, self.effect = cause, effect
         self._why_not = ""
-        with self.unseen():
+        # Runs that only check need no derivatives: a report has none
+        with self.unseen(), torch.no_grad():
             self.cut = Cut(self.model, cause, {"effect": (effect,), **others})
         self.what = self.cut.cause.what
         self.cut.refuse_overlap()

@@ -113,7 +113,7 @@ def _named(realization: Any) -> dict[str, Realizing]:
 
 def _held(question: Question, way: Realizing, at: Tensor) -> Question:
     """The question, with what a realization is given held."""
-    given: Any = tuple(question.instance(way, at).given)
+    given: Any = tuple(question.instance(way, at[:1]).given)
     if not given:
         return question
     model, args, kwargs = question.model
@@ -123,7 +123,7 @@ def _held(question: Question, way: Realizing, at: Tensor) -> Question:
 def _curve(
     question: Question, name: str, way: Realizing, at: Tensor, sampler: Sampler
 ) -> Curve:
-    instance = question.instance(way, at)
+    instance = question.instance(way, at[:1])  # the user's may be for one alone
     name = name or describe(instance)
     shape = Size([len(at)]) + question.cut.others["effect"][0].shape
 
