@@ -212,7 +212,6 @@ def _settings() -> tuple[Any, ...]:
         torch.is_autocast_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.get_autocast_dtype("cpu"),
-        tuple(sorted(pyro.settings.get().items())),
         get_cache_token(),  # of classes registered with an abstract one
         # Where plates without a dimension go
         tuple(runtime._DIM_ALLOCATOR._stack),
@@ -489,8 +488,17 @@ def _is_library(kind: type) -> bool:
     return found is kind
 
 
+_KINDS: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+
+
 def _is_open(kind: type) -> bool:
     """Whether the instances of a class are what their attributes are."""
+    if kind not in _KINDS:
+        _KINDS[kind] = _found_open(kind)
+    return _KINDS[kind]
+
+
+def _found_open(kind: type) -> bool:
     if "__getattr__" in dir(kind) and not issubclass(kind, torch.nn.Module):
         return False  # attributes without end, or of elsewhere
     for base in kind.__mro__:

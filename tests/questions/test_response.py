@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro import poutine
 from scipy import stats
+from torch.distributions import transforms
 
 import pyro_macro as pm
 
@@ -113,6 +114,22 @@ def held(v):
     return PRICES @ mean, PRICES @ inside @ PRICES + own
 
 
+def held_together(v):
+    """Natural given ``t = z0 + z1``, which is as it is: its variance is two."""
+    together = LOADINGS.sum(1)  # Cov(X, t)
+    rest = COVARIANCE - np.outer(together, together) / 2
+    gain = rest @ WEIGHTS / (WEIGHTS @ rest @ WEIGHTS)
+    along = (together - gain * (WEIGHTS @ together)) / 2
+    mean = MEANS + gain * (v - WEIGHTS @ MEANS)
+    inside = rest - np.outer(gain, WEIGHTS @ rest)
+    through = PRICES @ along
+    own = 2 * through**2 + DIRECT @ DIRECT + 2 * through * DIRECT.sum() + 0.49
+    return PRICES @ mean, PRICES @ inside @ PRICES + own
+
+
+CAUSES = pm.MacroVariable("t", ["z0", "z1"])
+
+
 def seen(v):
     """What an inhibiting realization brings about: Y given the total."""
     crossed = PRICES @ COVARIANCE @ WEIGHTS + DIRECT @ LOADINGS.T @ WEIGHTS
@@ -136,6 +153,7 @@ def at_even(v):
 AFFINE = {
     "Natural": (pm.Natural, natural),
     "Natural, given": (lambda v: pm.Natural(v, given="z0"), held),
+    "Natural, given a total": (lambda v: pm.Natural(v, given=CAUSES), held_together),
     "Residual": (lambda v: pm.Residual(v, "x1"), residual(1)),
     "Residual, other": (lambda v: pm.Residual(v, 2), residual(2)),
     "Allocate": (lambda v: pm.Allocate(v, SHARES), allocated(SHARES)),
@@ -267,6 +285,25 @@ def test_plates_that_stay():
     close(curve.mean, mean)
     close(curve.variance, np.full((2, 3), 4 * 5 / 6 + 1.25))
     close(curve.quantile(0.3), mean + stats.norm.ppf(0.3) * (4 * 5 / 6 + 1.25) ** 0.5)
+
+
+def test_plates_that_stay_around_an_outcome_that_is_drawn():
+    def model():
+        with pyro.plate("shops", 3):
+            x1 = pyro.sample("x1", dist.Normal(torch.arange(3.0), 2.0))
+            x2 = pyro.sample("x2", dist.Normal(1.0, 1.0))
+            return pyro.sample("y", dist.LogNormal((x1 + 3 * x2) / 10, 0.5))
+
+    (curve,) = ask(model, at=[0.0, 4.0]).curves
+    for i, v in enumerate([0.0, 4.0]):
+        rest = v - np.arange(3.0) - 1
+        loc = (np.arange(3.0) + 0.8 * rest + 3 * (1 + 0.2 * rest)) / 10
+        spread = 4 * 0.8 / 100 + 0.25
+        mean = np.exp(loc + spread / 2)
+        variance = (np.exp(spread) - 1) * mean**2
+        error = double((variance / 2000) ** 0.5)
+        assert bool(((curve.mean[i] - double(mean)).abs() < 5 * error).all())
+        assert bool(((curve.variance[i] / double(variance) - 1).abs() < 0.3).all())
 
 
 def test_a_macro_variable_as_the_effect():
@@ -632,6 +669,22 @@ def test_the_scale_family_is_smooth():
     close(report["even"].variance, [0.0] * 4, 1e-12)
     bend = report["mix"].mean.diff().diff()
     assert float(bend.abs().max()) < 1e-8
+
+
+def test_a_random_split_of_the_user():
+    """Shares that are uniform: ``y = 3 v - 2 x1 + z + noise``."""
+
+    def split(total):
+        scale = transforms.AffineTransform(0.0, total.unsqueeze(-1), event_dim=1)
+        return dist.TransformedDistribution(dist.Dirichlet(torch.ones(2)), [scale])
+
+    way, at = (lambda v: pm.Explicit(v, split)), [20.0, 30.0]
+    (curve,) = ask(positive, realization=way, at=at).curves
+    for i, v in enumerate(at):
+        variance = (2 * v) ** 2 / 12 + 5
+        error = (variance / DRAWS) ** 0.5
+        assert abs(float(curve.mean[i]) - (2 * v + 1)) < 5 * error
+        assert abs(float(curve.variance[i]) / variance - 1) < 0.15
 
 
 def test_parts_without_a_known_law():
