@@ -810,7 +810,7 @@ REFUSED = [
     (
         dict(model=season, done=pm.Natural(33.0, given="z")),
         pm.UnsupportedLaw,
-        r"needs what is given to be known: observe \['z'\]",
+        r"where what is given is known.* Observe \['z'\]",
     ),
     (
         dict(
