@@ -39,6 +39,7 @@ bench: $(READY)
 	$(BIN)/python benchmarks/verdict.py
 	$(BIN)/python benchmarks/chain.py
 	$(BIN)/python benchmarks/posterior.py
+	$(BIN)/torchrun --standalone --nproc_per_node=4 benchmarks/sharded.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
