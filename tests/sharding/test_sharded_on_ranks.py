@@ -81,6 +81,7 @@ def test_a_draw_takes_one_message(spread):
 def test_each_rank_says_what_is_wrong(spread):
     expected = [
         "PyroMacroError: plate 'products' of 11 slots: the ranks are out of step",
+        "PyroMacroError: plate 'products' of 11 slots: the ranks are out of step",
         "PyroMacroError: plate 'products' of 10[0123] slots: the ranks are out of step",
         "with [456789] numbers to be summed",
         "with 5[0-9] numbers to be summed",
