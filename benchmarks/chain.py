@@ -1,147 +1,207 @@
 # Copyright Contributors to the pyro_macro project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What does a query of a chain cost once the chain is consolidated?
+"""What does a query of an affine chain cost once the chain is consolidated?
 
-An affine-Gaussian chain of T sites, with an intervention in the middle: 10,000 draws
-of the last site, from the consolidated model and from the model itself under
-``poutine.do``, and by hand from the closed form. A finite chain of five states: the
-exact distribution of the last site under an intervention, from the consolidated model,
-and by one product of vectors and matrices after the other. Before any time is taken
-the answers are compared with the closed form and with matrix powers. Building the
-consolidated model is timed in runs of the plain one.
+T affine-Gaussian sites in a row, an intervention in the middle, 10,000 draws of the
+last site: from the consolidated model, from the model itself under ``do`` of several
+languages, and by hand from the closed form. Then what consolidating costs, in runs of
+the model.
 
     python benchmarks/chain.py
 """
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from natural import REPEATS, begin
+from harness import IN_RUNS, Contender, Question, Run, Table
+from pyro.infer import Predictive
 from torch import Tensor
 
 import pyro_macro as pm
 
 DRAWS = 10_000
-RATE, NOISE = 0.99, 0.1
+RATE, NOISE, SET = 0.99, 0.1, 2.0
 
 
-def measure(ways: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Median milliseconds of CPU time, in turn, each as often as fits in 20 ms."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(REPEATS):
-        for name, way in ways.items():
-            count, start = 0, time.process_time()
-            while count == 0 or time.process_time() - start < 0.02:
-                way()
-                count += 1
-            times[name].append(1e3 * (time.process_time() - start) / count)
-    return {name: statistics.median(values) for name, values in times.items()}
+@dataclass
+class Chain:
+    """``s_t ~ N(RATE s_(t-1), NOISE)`` for ``t = 1..length``, the middle one set."""
 
+    length: int
 
-def affine(length: int) -> Callable[[], Tensor]:
-    def model() -> Tensor:
+    @property
+    def middle(self) -> str:
+        return f"s{self.length // 2}"
+
+    @property
+    def end(self) -> str:
+        return f"s{self.length}"
+
+    @property
+    def left(self) -> int:
+        """The number of steps after the intervention."""
+        return self.length - self.length // 2
+
+    @property
+    def mean(self) -> float:
+        return RATE**self.left * SET
+
+    @property
+    def scale(self) -> float:
+        return NOISE * ((1 - RATE ** (2 * self.left)) / (1 - RATE**2)) ** 0.5
+
+    def model(self) -> Tensor:
         s = pyro.sample("s0", dist.Normal(1.0, 1.0))
-        for t in range(1, length + 1):
+        for t in range(1, self.length + 1):
             s = pyro.sample(f"s{t}", dist.Normal(RATE * s, NOISE))
         return s
 
-    return model
+    def consolidated(self) -> Any:
+        inner = [f"s{t}" for t in range(self.length)]
+        return pm.consolidate(self.model, keep=[self.end], allow=inner)
+
+    def check(self, name: str, drawn: Any) -> None:
+        """Mean and spread within 5 standard errors of the closed form."""
+        drawn = torch.as_tensor(drawn).double()
+        assert drawn.shape == (DRAWS,), (name, drawn.shape)
+        assert abs(drawn.mean() - self.mean) < 5 * self.scale / DRAWS**0.5, name
+        assert abs(drawn.std() / self.scale - 1) < 5 / (2 * DRAWS) ** 0.5, name
 
 
-def finite(length: int) -> tuple[Callable[[], Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    table = torch.rand(5, 5, generator=generator, dtype=torch.float64)
-    table = table / table.sum(-1, keepdim=True)
+def done(program: Callable[[], Any], chain: Chain) -> Run:
+    """Pyro's ``do`` in a plate, of the model or of the consolidated one."""
 
-    def model() -> Tensor:
-        x = pyro.sample("x0", dist.Categorical(torch.full((5,), 0.2)))
-        for t in range(1, length + 1):
-            x = pyro.sample(f"x{t}", dist.Categorical(table[x]))
-        return x
-
-    return model, table
-
-
-def law(model: Any, name: str) -> Any:
-    return pyro.poutine.trace(model).get_trace().nodes[name]["fn"]
-
-
-def affine_ways(length: int) -> tuple[dict[str, Callable[[], Any]], float]:
-    model, middle, end = affine(length), length // 2, f"s{length}"
-    start = time.process_time()
-    fused = pm.consolidate(model, keep=[end], allow=[f"s{t}" for t in range(length)])
-    built = 1e3 * (time.process_time() - start)
-    left = length - middle
-    mean = RATE**left * 2.0
-    scale = NOISE * ((1 - RATE ** (2 * left)) / (1 - RATE**2)) ** 0.5
-    set_to = {f"s{middle}": 2.0}
-    found = law(pyro.poutine.do(fused, set_to), end)
-    assert abs(float(found.mean) - mean) < 1e-9 * (1 + mean)
-    assert abs(float(found.stddev) - scale) < 1e-9 * scale
-
-    def run(program: Any) -> Any:
+    def run() -> Tensor:
         with pyro.plate("draws", DRAWS, dim=-1):
-            return pyro.poutine.do(program, set_to)()
+            return pyro.poutine.do(program, {chain.middle: SET})()
 
-    ways: dict[str, Callable[[], Any]] = {
-        "consolidated": lambda: run(fused),
-        "plain Pyro": lambda: run(model),
-        "by hand": lambda: mean + scale * torch.randn(DRAWS),
-        "one plain run": model,
+    return run
+
+
+def consolidated(chain: Chain) -> Run:
+    fused = chain.consolidated()
+    traced = pyro.poutine.trace(pyro.poutine.do(fused, {chain.middle: SET}))
+    law = traced.get_trace().nodes[chain.end]["fn"]
+    assert abs(float(law.mean) - chain.mean) < 1e-9 * (1 + chain.mean)
+    assert abs(float(law.stddev) / chain.scale - 1) < 1e-9
+    return done(fused, chain)
+
+
+def plain(chain: Chain) -> Run:
+    return done(chain.model, chain)
+
+
+def predictive(chain: Chain) -> Run:
+    program = pyro.poutine.do(chain.model, {chain.middle: SET})
+    sites = [chain.end]
+    draw = Predictive(program, num_samples=DRAWS, parallel=True, return_sites=sites)
+    return lambda: draw()[chain.end]
+
+
+def chirho(chain: Chain) -> Run:
+    from chirho.interventional.handlers import do
+
+    def run() -> Tensor:
+        actions = {chain.middle: torch.tensor(SET)}
+        with pyro.plate("draws", DRAWS, dim=-1), do(actions=actions):
+            return chain.model()
+
+    return run
+
+
+def dense(chain: Chain) -> Run:
+    """The joint of all sites after the intervention, as one product."""
+    steps = torch.arange(1.0, chain.left + 1)
+    powers = RATE ** (steps.unsqueeze(-1) - steps)
+    factor = NOISE * powers.tril()
+    mean = SET * RATE**steps
+    return lambda: (mean + torch.randn(DRAWS, chain.left) @ factor.mT)[:, -1]
+
+
+def by_hand(chain: Chain) -> Run:
+    return lambda: chain.mean + chain.scale * torch.randn(DRAWS)
+
+
+OURS = "consolidated"
+
+
+def contenders(chain: Chain) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Those that take part, and why others do not."""
+    from chain_elsewhere import elsewhere
+
+    ways: dict[str, Contender] = {
+        OURS: partial(consolidated, chain),
+        "Pyro do": partial(plain, chain),
+        "by hand, fused": partial(by_hand, chain),
     }
-    return ways, built
-
-
-def finite_ways(length: int) -> tuple[dict[str, Callable[[], Any]], float]:
-    (model, table), middle, end = finite(length), length // 2, f"x{length}"
-    start = time.process_time()
-    fused = pm.consolidate(model, keep=[end], allow=[f"x{t}" for t in range(length)])
-    built = 1e3 * (time.process_time() - start)
-    set_to = {f"x{middle}": torch.tensor(3)}
-    exact = torch.linalg.matrix_power(table, length - middle)[3]
-    found = law(pyro.poutine.do(fused, set_to), end).probs
-    assert torch.allclose(found, exact, 1e-10, 1e-12)
-
-    def step_by_step() -> Tensor:
-        row = torch.eye(5)[3]
-        for _ in range(length - middle):
-            row = row @ table
-        return row
-
-    ways: dict[str, Callable[[], Any]] = {
-        "consolidated": lambda: law(pyro.poutine.do(fused, set_to), end).probs,
-        "step by step": step_by_step,
-        "one plain run": model,
+    more: dict[str, Contender] = {
+        "Pyro Predictive": partial(predictive, chain),
+        "ChiRho do": partial(chirho, chain),
+        "the joint, T x T": partial(dense, chain),
     }
-    return ways, built
+    others, left_out = elsewhere(chain)
+    if chain.length <= 1000:
+        return ways | more | others, left_out
+    return ways | others, left_out | dict.fromkeys(more, "left out: takes long")
+
+
+def building(question: Question, lengths: tuple[int, ...]) -> Table:
+    table = question.table(
+        "What consolidating costs, once", "one run", axis="T", columns=IN_RUNS
+    )
+    for length in lengths:
+        chain = Chain(length)
+        ways: dict[str, Contender] = {
+            "one run": lambda chain=chain: chain.model,
+            "consolidating": lambda chain=chain: chain.consolidated,
+        }
+        table.compare({"T": length}, ways)
+    return table
 
 
 def main() -> None:
-    begin(f"{DRAWS} draws")
-    print(f"{'chain':<8}{'T':>7}  {'way':<16}{'CPU ms':>10}{'consolidated is':>18}")
-    for kind, build, lengths in (
-        ("affine", affine_ways, (10, 100, 1000)),
-        ("finite", finite_ways, (10, 1000, 10_000)),
+    packages = ("chirho", "dowhy", "pgmpy", "numpyro", "jax", "pymc")
+    question = Question("chain", "A query of an affine chain of T sites", packages)
+    torch.set_default_dtype(torch.float64)
+    lengths = (10, 100, 1000, 10_000)
+    table = question.table("10,000 draws of the last site, float64", OURS, axis="T")
+    for length in lengths:
+        chain = Chain(length)
+        ways, left_out = contenders(chain)
+        table.compare({"T": length}, ways, chain.check, left_out)
+    built = building(question, lengths)
+    for other, times in (
+        ("Pyro do", 100),
+        ("DoWhy", 1000),
+        ("pgmpy simulate(do)", 1000),
     ):
-        for length in lengths:
-            ways, built = build(length)
-            for way in ways.values():
-                way()  # warm up
-            times = measure(ways)
-            for name, value in times.items():
-                ratio = times["consolidated"] / value
-                print(f"{kind:<8}{length:>7}  {name:<16}{value:>10.3f}{ratio:>16.4f} x")
-            runs = built / times["one plain run"]
-            build_line = f"{'building':<16}{built:>10.0f}{runs:>12.1f} runs"
-            print(f"{kind:<8}{length:>7}  {build_line}")
+        what = f"times as fast as {other}, T = 1000"
+        question.target(what, table.ratio(other, OURS, T=1000), at_least=times)
+    one, other = (table.cpu(OURS, T=length) for length in (1000, 10))
+    question.target(
+        "time at T = 1000 over time at T = 10",
+        one / other if one and other else None,
+        at_most=1.2,
+    )
+    question.target(
+        "runs of the model that consolidating costs, T = 1000",
+        built.ratio("consolidating", "one run", T=1000),
+        at_most=30,
+    )
+    question.target(
+        "exponent of the cost of consolidating from T = 100",
+        built.exponent("consolidating", "T", 100),
+        at_most=1.1,
+    )
+    question.write()
 
 
 if __name__ == "__main__":

@@ -35,11 +35,17 @@ from pyro_macro.graphs import (
     macro_graph,
     micro_graph,
 )
+from pyro_macro.grid import grid
 from pyro_macro.handlers import aggregate, macro_do
 from pyro_macro.laws.sampled.chains import Chains, NotConverged
 from pyro_macro.laws.sampled.flow import Flow
 from pyro_macro.macro import MacroVariable
-from pyro_macro.plots import plot_adjustment, plot_confounding
+from pyro_macro.plots import (
+    plot_adjustment,
+    plot_confounding,
+    plot_dose_response,
+)
+from pyro_macro.plots_fibre import plot_fibre
 from pyro_macro.questions.adjustment import NotAdjusted, macro_adjust
 from pyro_macro.questions.conditions import (
     NotAChain,
@@ -50,9 +56,11 @@ from pyro_macro.questions.coordinates import (
     change_of_coordinates,
     direction_of,
 )
+from pyro_macro.questions.counterfactual import counterfactual
 from pyro_macro.questions.feasibility import can_inhibit, structural_coefficient
 from pyro_macro.questions.noise import macro_noise
 from pyro_macro.questions.paradox import paradox
+from pyro_macro.questions.response import dose_response
 from pyro_macro.questions.scm import macro_scm_exists
 from pyro_macro.questions.shifts import (
     atomic_from_shifts,
@@ -118,7 +126,10 @@ __all__ = [
     "change_of_coordinates",
     "confounding",
     "consolidate",
+    "counterfactual",
     "direction_of",
+    "dose_response",
+    "grid",
     "intervention_graph",
     "irrelevant_cause",
     "is_macro_backdoor",
@@ -132,6 +143,8 @@ __all__ = [
     "paradox",
     "plot_adjustment",
     "plot_confounding",
+    "plot_dose_response",
+    "plot_fibre",
     "render",
     "sharded_plate",
     "shift_confounding",

@@ -23,7 +23,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import networkx as nx
-import torch
 
 from pyro_macro.errors import (
     CyclicPartition,
@@ -65,7 +64,7 @@ def micro_graph(
     >>> list(graph.edges), graph.nodes["x"]["plates"]
     ([('z', 'x')], ('products',))
     """
-    with preserved_random_state(torch.device("cpu")):  # of subsampled plates too
+    with preserved_random_state():  # of subsampled plates too
         sites = read(structural(model), model_args, model_kwargs).sites
     graph = nx.DiGraph(kind="micro")
     for name, site in sites.items():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any, TypeVar, overload
+from typing import Any, ParamSpec, Protocol, TypeVar, overload
 
 import pyro.distributions as dist
 import torch
@@ -49,7 +49,9 @@ from pyro_macro.program.inner import (
     unwrapped,
 )
 from pyro_macro.program.layout import Layout
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.substitution import detached
+from pyro_macro.program.tracking import tensors_in
 from pyro_macro.realizations import MicroState, Realization
 from pyro_macro.realizations.base import (
     common,
@@ -63,6 +65,8 @@ from pyro_macro.sharding.draws import by_shards
 from pyro_macro.units import units
 
 F = TypeVar("F", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R", covariant=True)
 
 
 @overload
@@ -105,8 +109,24 @@ def aggregate(
     return handler if fn is None else handler(fn)
 
 
+class Intervened(Protocol[P, R]):
+    """A model under :func:`macro_do`: the same, and what describes it."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+
+    def describe(self, *args: P.args, **kwargs: P.kwargs) -> Descriptions: ...
+
+
 @overload
-def macro_do(fn: F, interventions: Mapping[MacroVariable, Realization]) -> F: ...
+def macro_do(
+    fn: torch.nn.Module, interventions: Mapping[MacroVariable, Realization]
+) -> Any: ...
+
+
+@overload
+def macro_do(
+    fn: Callable[P, R], interventions: Mapping[MacroVariable, Realization]
+) -> Intervened[P, R]: ...
 
 
 @overload
@@ -214,6 +234,8 @@ class _Handler(Messenger):
         scope: Any = {
             k: infer[k] for k in ("_markov_depth", "_markov_scope") if k in infer
         }
+        if value is not None:
+            scope["_deterministic"] = True
         msg = Message(
             type="sample",
             name=name,
@@ -222,7 +244,7 @@ class _Handler(Messenger):
             args=(),
             kwargs={},
             value=value,
-            infer=scope if value is None else {**scope, "_deterministic": True},
+            infer=scope,
             scale=_scale(like, frames),
             mask=like["mask"],
             cond_indep_stack=frames,
@@ -457,7 +479,7 @@ class _Setting(_Handler):
         state = target.state
         event_dim = macro.aggregation.event_dim
         split = value.dim() - event_dim
-        batch = torch.broadcast_shapes(value.shape[:split], state.layout.batch_shape)
+        batch = broadcast_shapes(value.shape[:split], state.layout.batch_shape)
         whole = value.expand(batch + value.shape[split:])
         fn = _deterministic(whole, event_dim)
         site = self._emit(msg, macro.name, fn, state.layout.frames, whole)
@@ -468,7 +490,7 @@ class _Setting(_Handler):
     def _latent(self, target: Target, msg: Message, causes: frozenset[Any]) -> Tensor:
         name = f"{target.state.macro.name}__micro"
         law, layout = target.realized.law, target.realized.layout
-        batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
+        batch = broadcast_shapes(law.batch_shape, layout.batch_shape)
         if batch != law.batch_shape:
             law = law.expand(batch)
         for frame in layout.frames:
@@ -599,8 +621,7 @@ class MacroDo(_Setting):
                free  0
                cost  2 random numbers a draw
         """
-        unseen = preserved_random_state(torch.device("cpu"))
-        with detached(), preserved_params(), unseen:
+        with detached(), preserved_params(), preserved_random_state():
             ahead = Ahead(self.interventions, (fn, args, kwargs))
             prepared = _Prepared(ahead.targets(), ahead.shared)
             with prepared:
@@ -647,7 +668,9 @@ class MacroDo(_Setting):
         what = f"macro-variable {collector.macro.name!r}"
         if not collector.meet(Site.of(msg)):
             law: Any = msg["fn"]
-            unknown = torch.full(law.batch_shape + law.event_shape, float("nan"))
+            like = common(tensors_in(law) or [torch.empty(())])
+            shape = law.batch_shape + law.event_shape
+            unknown = like.new_full(shape, float("nan"))
             msg["fn"] = fixed(unknown, len(law.event_shape))
             msg["value"] = pending = Pending.of(name, what, msg["fn"])
             msg["is_observed"] = True

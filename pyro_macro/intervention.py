@@ -30,13 +30,14 @@ from pyro_macro.program.inner import (
     Shared,
     Site,
     refuse_fixed,
+    refuse_grid,
     unwrapped,
 )
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.reading import draw, refuse_fused, structural
 from pyro_macro.program.substitution import detached
 from pyro_macro.realizations import MicroState, Realization, Realized
-from pyro_macro.realizations.base import common, refuse_apart
+from pyro_macro.realizations.base import as_like, common, refuse_apart
 from pyro_macro.reports import Description
 from pyro_macro.units import Interventions, Unit, groups, units, value_of
 
@@ -139,8 +140,10 @@ class _Lookahead(InnerRun):
     real run finds them done. The others get private draws.
     """
 
-    def __init__(self, until: Iterable[str], micro: Iterable[str]) -> None:
-        super().__init__(set(until))
+    def __init__(
+        self, until: Iterable[str], micro: Iterable[str], shared: dict[str, Shared]
+    ) -> None:
+        super().__init__(set(until), shared)
         self.changed = set(micro)
         self.micro = frozenset(self.changed)
 
@@ -160,11 +163,12 @@ class Ahead:
         self,
         interventions: Interventions,
         model: tuple[Callable[..., Any], tuple, dict],
+        shared: dict[str, Shared] | None = None,
     ) -> None:
         self.interventions, self.run = interventions, model
         # What was consolidated does not tell what acts on what
         self.model = (structural(model[0]), *model[1:])
-        self.shared: dict[str, Shared] = {}
+        self.shared = {} if shared is None else shared  # executed already
         self.micro = {n: macro for macro in interventions for n in macro.micro}
 
     def targets(self) -> dict[str, Target]:
@@ -274,7 +278,7 @@ class Ahead:
                 until |= set(macro.micro)
         if not until:
             return {}
-        run = _Lookahead(until, self.micro)
+        run = _Lookahead(until, self.micro, self.shared)
         run.run(*self.run)
         self.shared = run.shared
         self.changed, self.sites, self.params = run.changed, run.sites, run.params
@@ -327,7 +331,7 @@ class Ahead:
                     f"{what}: {macro.name!r} is shifted, not set to a value, in the "
                     "same macro_do. Nest two macro_do instead."
                 )
-            value = torch.as_tensor(number).to(like)
+            value = as_like(number, like)
         return Evidence.of_macro(macro, layout, value)
 
 
@@ -340,6 +344,7 @@ def refuse_unfit(macro: MacroVariable, site: Site) -> None:
             "Two interventions need disjoint micro sites: drop one, or state a single "
             "realization for both."
         )
+    refuse_grid(site.name, site.fn)
     if site.observed:
         raise PyroMacroError(
             f"{what}: micro site {site.name!r} is observed, and cannot be both "

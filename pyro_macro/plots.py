@@ -15,15 +15,21 @@ from pyro_macro.reports import (
     PICTURES,
     AdjustmentReport,
     ConfoundingReport,
+    CounterfactualReport,
+    DoseResponse,
     EffectReport,
     FeasibilityReport,
     Outcomes,
 )
 
+# Told apart by colour-blind readers, and in print by their strokes
+COLORS = ["#4477AA", "#CC6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE"]
+STYLES = ["-", "--", "-.", ":"]
 SEEN, DONE, OTHER = "#4477AA", "#CC6677", "#228833"
 
 
-def _axes(ax: Any) -> Any:
+def axes_of(ax: Any) -> Any:
+    """Axes of matplotlib to draw into: new ones, if there are none."""
     try:
         import matplotlib.pyplot as plt
     except ImportError as error:
@@ -35,7 +41,8 @@ def _axes(ax: Any) -> Any:
     return plt.subplots(figsize=(6.4, 4.0), layout="constrained")[1]
 
 
-def _finished(ax: Any) -> Any:
+def finished(ax: Any) -> Any:
+    """The same axes, without what frames them above and on the right."""
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 
@@ -78,7 +85,7 @@ def plot_confounding(report: ConfoundingReport, ax: Any = None) -> Any:
         report.interventional_mean,
         report.interventional_variance,
     )
-    ax = _axes(ax)
+    ax = axes_of(ax)
     seen = f"seen: P({report.effect} | {report.cause})"
     done = f"set: P({report.effect} | do({report.cause}))"
     if len(at) == 1:
@@ -103,7 +110,7 @@ def plot_confounding(report: ConfoundingReport, ax: Any = None) -> Any:
         ax.set_ylabel(report.effect)
         ax.set_title(f"{report.realization}: {report.verdict}")
     ax.legend(frameon=False)
-    return _finished(ax)
+    return finished(ax)
 
 
 def _bins(*laws: Outcomes) -> Any:
@@ -159,7 +166,7 @@ def plot_adjustment(report: AdjustmentReport, ax: Any = None) -> Any:
         report.interventional_mean,
         report.interventional_variance,
     )
-    ax = _axes(ax)
+    ax = axes_of(ax)
     _band(
         ax, at, (laws[0], laws[1]), SEEN, f"seen: P({report.effect} | {report.cause})"
     )
@@ -173,7 +180,7 @@ def plot_adjustment(report: AdjustmentReport, ax: Any = None) -> Any:
     said = "holds" if report.condition.holds else "does not hold"
     ax.set_title(f"adjusted for {names}: condition (15) {said}")
     ax.legend(frameon=False)
-    return _finished(ax)
+    return finished(ax)
 
 
 def plot_effect(report: EffectReport, ax: Any = None) -> Any:
@@ -183,11 +190,11 @@ def plot_effect(report: EffectReport, ax: Any = None) -> Any:
     :returns: the axes.
     """
     at, mean, variance = _numbers(report.at, report.mean, report.variance)
-    ax = _axes(ax)
+    ax = axes_of(ax)
     _band(ax, at, (mean, variance), DONE, report.effect)
     ax.set_xlabel(report.cause)
     ax.set_ylabel(report.effect)
-    return _finished(ax)
+    return finished(ax)
 
 
 def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
@@ -196,7 +203,7 @@ def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
     :param ax: axes of matplotlib; new ones by default.
     :returns: the axes.
     """
-    ax = _axes(ax)
+    ax = axes_of(ax)
     said = "a realization inhibits" if report.feasible else "no realization inhibits"
     left, right = report.observational_variance, report.noise_variance
     if left is not None and right is not None:
@@ -213,10 +220,78 @@ def plot_feasibility(report: FeasibilityReport, ax: Any = None) -> Any:
         ax.set_xlabel(report.cause)
         ax.set_ylabel("total variation left")
     ax.set_title(said)
-    return _finished(ax)
+    return finished(ax)
 
 
+def plot_dose_response(
+    report: DoseResponse, ax: Any = None, *, level: float = 0.8, labels: Any = None
+) -> Any:
+    """An effect along the macro values, a curve for each realization.
+
+    Means, and around them the band that holds the effect with probability ``level``.
+
+    :param ax: axes of matplotlib; new ones by default.
+    :param level: between 0 and 1.
+    :param labels: what to write at the axes, for instance with units: a pair, of the
+        macro value and of the effect; their names by default.
+    :returns: the axes.
+    """
+    if not 0 < level < 1:
+        raise PyroMacroError(f"plot: level is {level!r}. Expected one in (0, 1).")
+    ax = axes_of(ax)
+    for i, curve in enumerate(report.curves):
+        low, high = (curve.quantile((1 + sign * level) / 2) for sign in (-1, 1))
+        at, mean, low, high = _numbers(report.at, curve.mean, low, high)
+        color, style = COLORS[i % len(COLORS)], STYLES[i % len(STYLES)]
+        ax.plot(at, mean, style, color=color, lw=1.8, label=curve.realization)
+        ax.fill_between(at, low, high, color=color, alpha=0.16, lw=0)
+    cause, effect = labels or (report.cause, report.effect)
+    ax.set_xlabel(cause)
+    ax.set_ylabel(effect)
+    ax.set_title(f"{report.effect} when {report.cause} is set, {level:.0%} bands")
+    ax.legend(frameon=False)
+    return finished(ax)
+
+
+def plot_counterfactual(report: CounterfactualReport, ax: Any = None) -> Any:
+    """What an effect would have been along what the cause is set to; and what it was.
+
+    With a single macro value, the two whole distributions.
+
+    :param ax: axes of matplotlib; new ones by default.
+    :returns: the axes.
+    """
+    at, mean, variance = _numbers(report.at, report.mean, report.variance)
+    was = float(report.factual_mean), float(report.factual_variance) ** 0.5
+    cause = report.cause.split(", ")[0]
+    ax, would = axes_of(ax), "as it would be"
+    if len(at) > 1:
+        _band(ax, at, (mean, variance), DONE, would)
+        ax.axhline(was[0], color=SEEN, label="as it was", lw=1.8)
+        ax.axhspan(was[0] - was[1], was[0] + was[1], color=SEEN, alpha=0.12, lw=0)
+        ax.set_xlabel(cause)
+        ax.set_ylabel(report.effect)
+        ax.set_title(report.realization)
+    else:
+        first, second = Outcomes(), Outcomes()
+        if report.outcomes is not None and report.factual_probabilities is not None:
+            values, weights = report.outcomes[:, 0], report.factual_probabilities
+            first = Outcomes(values, weights.unsqueeze(0))
+            second = Outcomes(values, report.probabilities)
+        known = [was[0]], torch.tensor([was[1] ** 2]).numpy()
+        _distribution(ax, first, known, (SEEN, "as it was"), None)
+        _distribution(ax, second, (mean, variance), (DONE, would), None)
+        ax.set_xlabel(report.effect)
+        ax.set_ylabel("density" if report.outcomes is None else "probability")
+        ax.set_ylim(0, 1.25 * ax.get_ylim()[1])  # room for the legend
+        ax.set_title(f"{cause}: {report.realization} at {at[0]:g}")
+    ax.legend(frameon=False)
+    return finished(ax)
+
+
+PICTURES[DoseResponse] = plot_dose_response
 PICTURES[ConfoundingReport] = plot_confounding
 PICTURES[AdjustmentReport] = plot_adjustment
 PICTURES[EffectReport] = plot_effect
 PICTURES[FeasibilityReport] = plot_feasibility
+PICTURES[CounterfactualReport] = plot_counterfactual

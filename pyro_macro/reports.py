@@ -11,7 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from pyro_macro.errors import PyroMacroError
 
 Row = dict[str, Any]
 
@@ -520,3 +523,163 @@ class EffectReport(Report):
     def rows(self) -> list[Row]:
         columns = {"mean": self.mean, "variance": self.variance}
         return table(self.cause, self.at, columns)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curve:
+    """One realization's effect along the macro values.
+
+    :ivar realization: its name.
+    :ivar mean: of the effect, shape ``(n,)`` and then its own.
+    :ivar variance: the same.
+    :ivar method: how it is known.
+    :ivar outcomes: the whole laws; ``None`` of an effect of several numbers that is not
+        normal.
+    """
+
+    realization: str
+    mean: Tensor
+    variance: Tensor
+    method: str
+    outcomes: Outcomes | None
+
+    def quantile(self, level: float) -> Tensor:
+        """A quantile of the effect at each macro value, shape of the mean.
+
+        :param level: between 0 and 1.
+        """
+        if isinstance(level, bool) or not isinstance(level, (int, float)):
+            raise PyroMacroError(f"quantile: level is {level!r}. Expected a number.")
+        if not 0 <= level <= 1:
+            raise PyroMacroError(f"quantile: level is {level}. Expected one in [0, 1].")
+        laws = self.outcomes
+        if laws is None:
+            raise PyroMacroError(
+                f"quantile: the effect has {self.mean[0].numel()} numbers, of which "
+                "moments alone are kept. Ask about one of them."
+            )
+        if laws.draws is not None:
+            return laws.draws.double().quantile(level, dim=-1)
+        if laws.values is not None and laws.weights is not None:
+            values, order = laws.values.sort()
+            steps = laws.weights[:, order].double().cumsum(-1)
+            reached = steps >= level * steps[:, -1:] - 1e-12
+            return values[reached.int().argmax(-1)]
+        step = torch.special.ndtri(torch.tensor(level, dtype=torch.float64))
+        return self.mean + step * self.variance.clamp(min=0).sqrt()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DoseResponse(Report):
+    """What setting a macro-variable does to an effect, by realization.
+
+    :ivar cause: the name of the macro-variable.
+    :ivar effect: the name of the effect.
+    :ivar at: the macro values, shape ``(n,)``.
+    :ivar curves: one for each realization.
+    """
+
+    cause: str
+    effect: str
+    at: Tensor
+    curves: tuple[Curve, ...]
+
+    def __getitem__(self, realization: str) -> Curve:
+        for curve in self.curves:
+            if curve.realization == realization:
+                return curve
+        known = [curve.realization for curve in self.curves]
+        raise KeyError(f"{realization!r}: expected one of {known}.")
+
+    def summary(self) -> str:
+        lines = [f"What setting {self.cause} does to {self.effect}."]
+        lines += [f"{curve.realization}: {curve.method}." for curve in self.curves]
+        return "\n".join(lines)
+
+    def rows(self) -> list[Row]:
+        rows: list[Row] = []
+        for curve in self.curves:
+            columns = {"mean": curve.mean, "variance": curve.variance}
+            for row in table(self.cause, self.at, columns):
+                rows.append({"realization": curve.realization, **row})
+        return rows
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class CounterfactualReport(Report):
+    """What an effect would have been in a unit that was seen.
+
+    Of several effects, or one that has a shape, all ``m`` numbers have a joint law.
+
+    :ivar cause: the name of the macro-variable, or of several.
+    :ivar effect: the name of the effect, or of several.
+    :ivar realization: how the cause is set.
+    :ivar at: what the cause is set to, or shifted by, shape ``(n,)``.
+    :ivar elements: what the ``m`` numbers are called.
+    :ivar factual_mean: of the effect as it was, given what was seen: what was seen
+        itself, if it was. Of the shape of the effect; ``(m,)`` of several.
+    :ivar factual_variance: the same; zero where the effect is known.
+    :ivar mean: of the effect as it would have been, with ``n`` in front.
+    :ivar variance: the same.
+    :ivar covariance: shape ``(n, m, m)``; ``None`` for more than 1,000 numbers. In
+        affine-Gaussian programs the law is normal, singular where part of it is known.
+    :ivar outcomes: in finite programs, the values that the effect may have, shape
+        ``(Y, m)``.
+    :ivar factual_probabilities: of these, as it was, shape ``(Y,)``.
+    :ivar probabilities: of these, as it would have been, shape ``(n, Y)``.
+    :ivar method: how it is known.
+    """
+
+    cause: str
+    effect: str
+    realization: str
+    at: Tensor
+    elements: tuple[str, ...]
+    factual_mean: Tensor
+    factual_variance: Tensor
+    mean: Tensor
+    variance: Tensor
+    covariance: Tensor | None
+    method: str
+    outcomes: Tensor | None = None
+    factual_probabilities: Tensor | None = None
+    probabilities: Tensor | None = None
+
+    def summary(self) -> str:
+        return (
+            f"What {self.effect} would have been in this unit under "
+            f"{self.realization} of {self.cause}.\nMethod: {self.method}."
+        )
+
+    def rows(self) -> list[Row]:
+        cause = self.cause.split(", ")[0]
+        if self.outcomes is not None:
+            return self._of_outcomes(cause)
+        was = self.factual_mean.reshape(-1), self.factual_variance.reshape(-1)
+        n = len(self.at)
+        would = self.mean.reshape(n, -1), self.variance.reshape(n, -1)
+        rows = []
+        for i, value in enumerate(self.at.tolist()):
+            for j, name in enumerate(self.elements):
+                each = isinstance(value, list) and len(value) == len(self.elements)
+                row: Row = {cause: value[j] if each else value}
+                row |= {"effect": name} if len(self.elements) > 1 else {}
+                row["as it was"], row["variance"] = (t[j].item() for t in was)
+                row["as it would be"], row["its variance"] = (
+                    t[i, j].item() for t in would
+                )
+                rows.append(row)
+        return rows
+
+    def _of_outcomes(self, cause: str) -> list[Row]:
+        was, would = self.factual_probabilities, self.probabilities
+        assert self.outcomes is not None and was is not None and would is not None
+        rows = []
+        for i, value in enumerate(self.at.tolist()):
+            for k, outcome in enumerate(self.outcomes.tolist()):
+                row: Row = {cause: value}
+                row |= dict(zip(self.elements, outcome, strict=True))
+                row["P as it was"] = was[k].item()
+                row["P as it would be"] = would[i, k].item()
+                rows.append(row)
+        return rows

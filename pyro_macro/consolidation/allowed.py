@@ -22,6 +22,7 @@ from torch import Tensor
 
 from pyro_macro.errors import InterventionNotAllowed, PyroMacroError, UnknownSite
 from pyro_macro.program.inner import InnerRun, Site
+from pyro_macro.program.shapes import broadcast_shapes
 
 Allow = Collection[Any]
 
@@ -62,8 +63,8 @@ class Allowed:
         for one in self.explicit:
             for name, value in one.items():
                 if isinstance(value, (Tensor, numbers.Number)):
-                    dtype = of[name].site.value.dtype
-                    found.setdefault(name, []).append(torch.as_tensor(value).to(dtype))
+                    like = of[name].site.value
+                    found.setdefault(name, []).append(torch.as_tensor(value).to(like))
         return found
 
     @property
@@ -135,7 +136,7 @@ def _is(made: Mapping[str, Any], one: Mapping[str, Any], free: frozenset[str]) -
         return False
     try:
         pairs = [(torch.as_tensor(made[n]), torch.as_tensor(v)) for n, v in one.items()]
-        return all(bool((found == wanted).all()) for found, wanted in pairs)
+        return all(bool((found.cpu() == v.cpu()).all()) for found, v in pairs)
     except (TypeError, RuntimeError):  # no numbers, or of other shapes
         return False
 
@@ -253,6 +254,8 @@ def as_value(name: str, value: Any, site: Site) -> Tensor:
         )
     like = site.value
     found = torch.as_tensor(value, device=like.device)
+    if isinstance(value, float) and like.is_floating_point():
+        found = torch.as_tensor(value, dtype=like.dtype, device=like.device)
     event = tuple(site.event_shape)
     if event and tuple(found.shape[found.dim() - len(event) :]) != event:
         if found.dim():
@@ -264,7 +267,7 @@ def as_value(name: str, value: Any, site: Site) -> Tensor:
     plates = site.shape[: len(site.shape) - len(event)]
     batch = found.shape[: found.dim() - len(event)]
     try:
-        torch.broadcast_shapes(batch, plates)
+        broadcast_shapes(batch, plates)
     except RuntimeError:
         raise InterventionNotAllowed(
             f"do({name} = ...): found a value of shape {tuple(found.shape)}, which "

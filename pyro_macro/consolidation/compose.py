@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from pyro_macro.program.shapes import broadcast_shapes
+
 M = TypeVar("M")
 
 
@@ -96,7 +98,7 @@ def _after_table(after: Table, before: Any) -> Table:
     if isinstance(before, Point):
         # One state, from which it goes on: (..., 1, n)
         index = before.value.long()
-        whole = torch.broadcast_shapes(index.shape, after.probs.shape[:-2])
+        whole = broadcast_shapes(index.shape, after.probs.shape[:-2])
         probs = after.probs.expand(whole + after.probs.shape[-2:])
         index = index.expand(whole)[..., None, None]
         return Table(probs.gather(-2, index.expand((*whole, 1, probs.shape[-1]))))

@@ -53,7 +53,7 @@ def drawn(
     :returns: shape ``(count, number of elements of all sites)``.
     """
     with detached(), preserved_params(), torch.no_grad():
-        with preserved_random_state(torch.device("cpu")):
+        with preserved_random_state():
             torch.manual_seed(seed)
             found = _side_by_side(model, names, count, settings)
             if found is None:

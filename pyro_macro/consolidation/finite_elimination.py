@@ -31,6 +31,7 @@ from pyro_macro.errors import (
 from pyro_macro.laws.finite.configurations import finite_values, log_table
 from pyro_macro.laws.finite.sums import NEVER
 from pyro_macro.program.mechanisms import Mechanism
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.tape import Leaf
 
 STATIC = 1 << 16  # cells of a table of a law that is kept, at most
@@ -345,9 +346,9 @@ class FiniteRun(Eliminating):
                 count = len(self.owner.support(axis))
                 found.append(Factor((axis,), certain(self._index(axis), count)))
             elif axis not in met:  # nothing is said about it
-                count = len(self.owner.support(axis))
-                lead = (1,) * self.owner.frame.depth
-                ones = torch.zeros((*lead, count), dtype=torch.float64)
+                support = self.owner.support(axis)
+                shape = (1,) * self.owner.frame.depth + (len(support),)
+                ones = support.new_zeros(shape, dtype=torch.float64)
                 found.append(Factor((axis,), ones))
         return found
 
@@ -409,7 +410,7 @@ class FiniteRun(Eliminating):
             tensor = tensor[0] if size is None else worlds.behind(tensor, 1 + event)
             tensors.append(trimmed(tensor, 1 + event, site))
         components = made.build(tensors)
-        shape = torch.broadcast_shapes(weights.shape, components.batch_shape)
+        shape = broadcast_shapes(weights.shape, components.batch_shape)
         components = components.expand(shape)
         self._mixed = parents, components
         floats = [t.dtype for t in tensors if t.is_floating_point()]

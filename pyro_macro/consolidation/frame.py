@@ -8,10 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable
 
-import torch
 from torch import Size, Tensor
 
 from pyro_macro.program.inner import Site
+from pyro_macro.program.shapes import broadcast_shapes
 
 
 class Frame:
@@ -115,7 +115,7 @@ class Worlds:
                 if -dim <= len(batch):
                     batch[dim] = 1
             shapes.append(batch)
-        self.shape = Size(torch.broadcast_shapes(*shapes))
+        self.shape = Size(broadcast_shapes(*shapes))
         self.dims = [d for d in range(-len(self.shape), 0) if self.shape[d] > 1]
         self.size = math.prod(self.shape[d] for d in self.dims)
         self.depth = frame.depth

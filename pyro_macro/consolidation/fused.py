@@ -32,6 +32,7 @@ from pyro_macro.consolidation.relaxed import relax
 from pyro_macro.consolidation.structure import Structure
 from pyro_macro.errors import PyroMacroError, UnknownSite
 from pyro_macro.program.mechanisms import arguments, put_back
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.tape import ARGUMENT, INDICES, PARAM, SITE, Leaf
 
 PREPARED = 16  # programs for arguments of different shapes, that are remembered
@@ -434,7 +435,7 @@ class _Run:
         if rule is not None and not rule.requires & self.interventions:
             like = self.of[name].site
             value = rule.at(self.known).to(like.value.dtype)
-            return value.expand(torch.broadcast_shapes(value.shape, like.event_shape))
+            return value.expand(broadcast_shapes(value.shape, like.event_shape))
         outputs = self.known.outputs(name)
         made = self.of[name].parts
         return outputs[0] if made is None else made.build(outputs)
@@ -477,7 +478,7 @@ class _Run:
         plates = {f.dim: f.size for f in frames if f.vectorized}
         depth = max((-dim for dim in plates), default=0)
         shape = torch.Size(plates.get(dim, 1) for dim in range(-depth, 0))
-        batch = torch.broadcast_shapes(fn.batch_shape, shape)
+        batch = broadcast_shapes(fn.batch_shape, shape)
         if batch != fn.batch_shape:
             fn = fn.expand(batch)
         msg = Message(

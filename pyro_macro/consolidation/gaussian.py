@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_macro.consolidation.affine import AffineSite
+from pyro_macro.program.shapes import broadcast_shapes
 
 SMALL = 1e-13  # of a standard deviation, relative to what it was: nothing is left
 
@@ -178,7 +179,7 @@ class GaussianState:
         factors = [self._padded(name) for name in self._factors]
         if any(f.requires_grad for f in factors):
             return
-        lead = torch.broadcast_shapes(*(f.shape[:-2] for f in factors))
+        lead = broadcast_shapes(*(f.shape[:-2] for f in factors))
         whole = torch.cat([f.expand((*lead, *f.shape[-2:])) for f in factors], -2)
         whole = torch.linalg.qr(whole.mT, mode="r").R.mT
         self._noises = whole.shape[-1]

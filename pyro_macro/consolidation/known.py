@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_macro.consolidation.frame import Frame, Worlds
 from pyro_macro.consolidation.structure import Structure
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.tape import CAPTURED, PARAM, SITE, Expression, Leaf
 
 NATURAL = "\0natural "  # before the name of a site that is intervened on
@@ -163,7 +164,7 @@ class Known:
         site = self.structure.sites[name]
         batch = value.shape[: value.dim() - len(site.event_shape)]
         plates = site.shape[: len(site.shape) - len(site.event_shape)]
-        shape = torch.broadcast_shapes(batch, plates)
+        shape = broadcast_shapes(batch, plates)
         return value.expand((*shape, *site.event_shape)).to(site.value.dtype)
 
     def elements(self, name: str, frame: Frame) -> Tensor:

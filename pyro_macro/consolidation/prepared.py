@@ -324,7 +324,7 @@ def _fused_cost(elimination: Elimination[Any]) -> Cost:
                 and len(law.axes) == 2
                 and torch.equal(
                     probs.reshape(probs.shape[-2:]),
-                    torch.eye(*probs.shape[-2:], dtype=probs.dtype),
+                    torch.eye(*probs.shape[-2:]).to(probs),
                 )
             )
             looked_up = (0, 0) if copied else (len(law.axes) - 1, nonzero(probs))

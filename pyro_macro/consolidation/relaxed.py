@@ -58,8 +58,8 @@ class ConditionalDensity(torch.nn.Module):
             torch.nn.Linear(how.width, how.width),
             torch.nn.Tanh(),
             torch.nn.Linear(how.width, outputs),
-        ).double()
-        self.place = torch.zeros(2, dtype=torch.float64)
+        ).to(device=site.value.device, dtype=torch.float64)
+        self.place = site.value.new_zeros(2, dtype=torch.float64)
         self.place[1] = 1.0
 
     def standardize(self, values: Tensor) -> None:
@@ -148,7 +148,8 @@ class Relaxed:
         columns = []
         for other in self.inputs[name]:
             columns.append(self._standard(other, known[other]))
-        like = columns[0] if columns else torch.zeros((), dtype=torch.float64)
+        zero = self.laws[name].site.value.new_zeros((), dtype=torch.float64)
+        like = columns[0] if columns else zero
         for other in self.allowed:
             if other in interventions:
                 columns += [torch.ones_like(like), self._standard(other, known[other])]
@@ -175,7 +176,7 @@ def relax(prepared: Prepared, model: Model, how: Approximation) -> Relaxed:
             f"{sorted(prepared.mechanisms.params)}. What is learned holds for the "
             "values they have now: fix them first, as arguments of the model."
         )
-    with preserved_random_state(torch.device("cpu")):
+    with preserved_random_state():
         return _learn(prepared, model, how)
 
 
@@ -276,12 +277,12 @@ def _settings(
         if name in prepared.allowed.free:
             settings[name] = _spread(prepared, name, count)
         else:
-            dtype = site.value.dtype
-            table = torch.stack([torch.as_tensor(v).to(dtype) for v in values])
+            table = torch.stack([torch.as_tensor(v).to(site.value) for v in values])
             settings[name] = table[torch.randint(len(table), (count,))]
         columns.append(torch.rand(count) < 1 / (1 + len(allowed)))
     chosen = torch.stack(columns, -1) if columns else torch.zeros(count, 0).bool()
-    return settings, chosen
+    device = next(iter(prepared.of.values())).site.value.device
+    return settings, chosen.to(device)
 
 
 def _spread(prepared: Prepared, name: str, count: int) -> Tensor:
@@ -295,7 +296,8 @@ def _spread(prepared: Prepared, name: str, count: int) -> Tensor:
     if not site.deterministic and site.fn.support is not constraints.real:
         index = torch.randint(len(sample), (count,))
         return sample[index].to(site.value.dtype)
-    return (mean + 2 * spread * torch.randn(count).double()).to(site.value.dtype)
+    noise = torch.randn(count).to(sample)
+    return (mean + 2 * spread * noise).to(site.value.dtype)
 
 
 def _samples(
@@ -306,7 +308,8 @@ def _samples(
     seed: int,
 ) -> dict[str, Tensor]:
     """Draws of sites, each under the interventions chosen for it."""
-    found = torch.zeros(len(chosen), len(names), dtype=torch.float64)
+    shape = len(chosen), len(names)
+    found = torch.zeros(shape, dtype=torch.float64, device=chosen.device)
     if not chosen.shape[1]:
         found = drawn(model, names, len(chosen), {}, seed, "Drawing to fit")
         return dict(zip(names, found.unbind(-1), strict=True))
@@ -330,7 +333,8 @@ def _features(
     for i, n in enumerate(relaxed.allowed):
         on = chosen[:, i].double()
         columns += [on, on * relaxed._standard(n, settings[n])]
-    return torch.stack(columns or [torch.zeros(len(chosen)).double()], -1)
+    none = chosen.new_zeros(len(chosen), dtype=torch.float64)
+    return torch.stack(columns or [none], -1)
 
 
 def _fit(
@@ -343,7 +347,7 @@ def _fit(
     batch = min(len(values), 1024)
     bar = tqdm(range(how.steps), desc=f"Learning {law.site.name}", leave=False)
     for _ in bar:
-        rows = torch.randint(len(values), (batch,))
+        rows = torch.randint(len(values), (batch,), device=values.device)
         loss = -law.law(features[rows]).log_prob(values[rows]).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -363,14 +367,15 @@ def _measure(
             values = (
                 _spread(prepared, name, 64)
                 .double()
+                .cpu()
                 .quantile(torch.tensor([0.2, 0.8], dtype=torch.float64))
             )
             site = prepared.of[name].site
-            made += [{name: v.to(site.value.dtype)} for v in values]
+            made += [{name: v.to(site.value)} for v in values]
     made += [dict(one) for one in prepared.allowed.explicit]
     for i, one in enumerate(tqdm(made, desc="Checking", leave=False)):
         settings = {
-            n: torch.as_tensor(v).to(prepared.of[n].site.value.dtype).expand(how.draws)
+            n: torch.as_tensor(v).to(prepared.of[n].site.value).expand(how.draws)
             for n, v in one.items()
         }
         seed = how.seed + 1000 + 2 * i
@@ -391,7 +396,7 @@ def _learned(
     """Draws of the learned sites, given true ones of those that are not learned."""
     columns = dict(zip(names, true.unbind(-1), strict=True))
     order = list(range(len(true)))
-    with preserved_random_state(torch.device("cpu")), torch.no_grad():
+    with preserved_random_state(), torch.no_grad():
         torch.manual_seed(seed)
         for name in names:
             if name not in relaxed.laws:
@@ -399,10 +404,10 @@ def _learned(
             size = len(order)
             inputs = [relaxed._standard(n, columns[n]) for n in relaxed.inputs[name]]
             for n in relaxed.allowed:
-                on = torch.full((size,), float(n in made)).double()
-                value = torch.as_tensor(made.get(n, 0.0)).double()
+                on = true.new_full((size,), float(n in made))
+                value = torch.as_tensor(made.get(n, 0.0)).to(true)
                 inputs += [on, on * relaxed._standard(n, value)]
-            features = torch.stack(inputs or [torch.zeros(size).double()], -1)
+            features = torch.stack(inputs or [true.new_zeros(size)], -1)
             columns[name] = relaxed.laws[name].law(features).sample().double()
     return torch.stack([columns[n] for n in names], -1)
 
@@ -410,6 +415,7 @@ def _learned(
 def _kolmogorov(one: Tensor, other: Tensor, seed: int) -> float:
     """The largest distance of distribution functions, of columns and combinations."""
     generator = torch.Generator().manual_seed(seed)
+    one, other = one.cpu(), other.cpu()
     spread = one.std(0).clamp(min=1e-12)
     size = one.shape[-1]
     mixed = torch.randn(PROJECTIONS, size, generator=generator, dtype=torch.float64)

@@ -184,7 +184,7 @@ def _holds(rule: Rule, name: str, structure: Structure) -> bool:
         expected = values[SITE, name]
         try:
             found = evaluated(rule.value, given)
-            found = found.to(expected.dtype).expand(expected.shape)
+            found = found.to(expected).expand(expected.shape)
         except (NotSymbolic, TypeError, RuntimeError):
             return False
         if not torch.allclose(found, expected, 1e-4, 1e-6, equal_nan=True):
@@ -199,17 +199,17 @@ def _behind(name: str, structure: Structure) -> set[str]:
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    half = (torch.rand(like.shape, generator=generator) < 0.5).to(like.device)
     if like.dtype == torch.bool:
-        return torch.rand(like.shape, generator=generator) < 0.5
-    if not like.is_floating_point():
-        return torch.randint(-60, 60, like.shape, generator=generator).to(like.dtype)
+        return half
     # Whole numbers among them, which are special to comparisons and remainders
-    whole = torch.randint(-60, 60, like.shape, generator=generator).to(like.dtype)
+    whole = torch.randint(-60, 60, like.shape, generator=generator).to(like)
+    if not like.is_floating_point():
+        return whole
     part = torch.randn(like.shape, generator=generator, dtype=torch.float64)
-    half = torch.rand(like.shape, generator=generator) < 0.5
-    return torch.where(half, whole, like + 3 * part.to(like.dtype))
+    return torch.where(half, whole, like + 3 * part.to(like))
 
 
 def fits(value: Tensor, site: Site) -> Tensor:
     """What a rule comes to, as a value of a site."""
-    return value.to(site.value.dtype)
+    return value.to(site.value)

@@ -148,9 +148,7 @@ def verify_consolidation(
     for one in tqdm(made, desc="Verifying", disable=len(made) < 20, leave=False):
         fused.allowed.check(one, fused.sites)
         names = [n for n in fused.kept if n not in one]
-        settings = {
-            n: torch.as_tensor(v).to(fused.typical(n).dtype) for n, v in one.items()
-        }
+        settings = {n: torch.as_tensor(v).to(fused.typical(n)) for n, v in one.items()}
         programs: list[Model] = [(m, tuple(model_args), kwargs) for m in (model, fused)]
         checks.append(_checked(one, programs, names, settings, draws, seed))
     return VerificationReport(checks, level)
@@ -167,7 +165,7 @@ def _checked(
     if not names:
         return Check(one, "nothing else is kept", 0.0, None)
     with detached(), preserved_params():
-        with preserved_random_state(torch.device("cpu")):
+        with preserved_random_state():
             torch.manual_seed(seed)
             moments = [_moments(p, names, settings) for p in programs]
             if moments[0] is not None and moments[1] is not None:
@@ -180,7 +178,9 @@ def _checked(
                 difference = max(abs(a - b) for a, b in pairs)
                 return Check(one, "exact: finite", difference, None)
     wide = {n: v.expand((draws, *v.shape)) for n, v in settings.items()}
-    samples = [drawn(p, names, draws, wide, seed + i) for i, p in enumerate(programs)]
+    samples = [
+        drawn(p, names, draws, wide, seed + i).cpu() for i, p in enumerate(programs)
+    ]
     spread = samples[0].std(0).clamp(min=1e-12)
     generator = torch.Generator().manual_seed(seed)
     size = len(spread)
@@ -224,7 +224,7 @@ def _moments(
         precision = torch.finfo(vector.dtype).eps
         if not agree(vector, moves or [zeros], found, precision):
             return None
-    factor = torch.zeros(len(vector), 1, dtype=torch.float64)
+    factor = vector.new_zeros(len(vector), 1, dtype=torch.float64)
     factor = torch.cat(
         [factor, *(r.reshape(len(r), -1).double() for r in rows.values())], -1
     )

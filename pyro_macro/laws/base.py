@@ -65,9 +65,13 @@ class MicroLaw(TorchDistribution):
         """The log density of the macro value itself, shape ``batch``."""
         raise NotImplementedError
 
-    def _rows(self, base: Size, shape: Size) -> Tensor:
-        """For each of the draws in ``shape``: which element of ``base`` it is of."""
-        return torch.arange(base.numel()).reshape(base).expand(shape).flatten()
+    def _rows(self, base: Size, shape: Size, like: Tensor) -> Tensor:
+        """For each of the draws in ``shape``: which element of ``base`` it is of.
+
+        :param like: a tensor on their device.
+        """
+        index = torch.arange(base.numel(), device=like.device)
+        return index.reshape(base).expand(shape).flatten()
 
 
 ENUMERABLE = 10_000  # states, at most

@@ -18,6 +18,7 @@ from pyro_macro.laws.upstream import Upstream
 from pyro_macro.program.inner import Shared
 from pyro_macro.program.layout import Layout
 from pyro_macro.program.reading import refuse_sharded
+from pyro_macro.program.shapes import broadcast_shapes
 
 Model = tuple[Callable[..., Any], tuple, dict]
 
@@ -92,8 +93,10 @@ class Cut(Upstream):
         """Whether anything that is asked about depends on parameters with gradients."""
         if not torch.is_grad_enabled():
             return False
-        sites = self.probes[0].sites
-        return any(sites[name].value.requires_grad for name in self.names)
+        probe = self.probes[0]
+        # What is set is a leaf; what it would have been may have derivatives
+        found = {n: s.value for n, s in probe.sites.items()} | probe.expressions
+        return any(found[name].requires_grad for name in self.names)
 
     def _refuse_factors(self) -> None:
         """An error if factors weigh what is asked about: they are observations."""
@@ -142,6 +145,6 @@ def over_grid(law: Any, layout: Layout, depth: int) -> Any:
     :param layout: of its vector.
     :param depth: the number of dimensions that plates may take.
     """
-    batch = torch.broadcast_shapes(law.batch_shape, layout.batch_shape)
+    batch = broadcast_shapes(law.batch_shape, layout.batch_shape)
     batch = torch.Size((1,) * (depth + 1 - len(batch))) + batch
     return law if batch == law.batch_shape else law.expand(batch)

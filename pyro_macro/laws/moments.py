@@ -29,8 +29,8 @@ class Moments:
 
         :param value: shape ``(..., k)``.
         """
-        index = torch.arange(self.mean.shape[-1])[known]
-        left = torch.ones(self.mean.shape[-1], dtype=torch.bool)
+        index = torch.arange(self.mean.shape[-1], device=self.mean.device)[known]
+        left = self.mean.new_ones(self.mean.shape[-1], dtype=torch.bool)
         left[index] = False
         rest = left.nonzero().squeeze(-1)
         within = self.covariance[..., index[:, None], index]
@@ -76,7 +76,7 @@ def kullback_leibler(one: Moments, other: Moments) -> Tensor:
     mine, worse = torch.linalg.cholesky_ex(one.covariance)
     gap = (one.mean - other.mean).unsqueeze(-1)
     bad = (bad > 0) | (worse > 0)
-    eye = torch.eye(size, dtype=factor.dtype).expand_as(factor)
+    eye = torch.eye(size).to(factor).expand_as(factor)
     factor, mine = (torch.where(bad[..., None, None], eye, f) for f in (factor, mine))
     spread = torch.linalg.solve_triangular(factor, mine, upper=False)
     away = torch.linalg.solve_triangular(factor, gap, upper=False)

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from pyro_macro.errors import UnsupportedLaw
 from pyro_macro.laws.base import MicroLaw
 from pyro_macro.program.layout import Layout
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.sharding.across import Apart
 
 
@@ -40,7 +41,7 @@ class StackedSites(MicroLaw):
             )
             for name, part in parts.items()
         ]
-        own = torch.broadcast_shapes(*shapes)
+        own = broadcast_shapes(*shapes)
         dims = {dim for over in self._over.values() for dim in over}
         while own and own[0] == 1 and -len(own) in dims:
             own = own[1:]
@@ -57,7 +58,7 @@ class StackedSites(MicroLaw):
         shape = Size(sample_shape) + Size([1] * missing) + self.batch_shape
         values = {}
         for name, part in self.parts.items():
-            full = torch.broadcast_shapes(shape, part.batch_shape)
+            full = broadcast_shapes(shape, part.batch_shape)
             values[name] = getattr(part.expand(full), method)()
         return _closed(self.layout.stack(values), ahead, missing)
 
@@ -81,7 +82,7 @@ class StackedSites(MicroLaw):
             total = self.layout.shards.sum(total)
         if missing:
             return _closed(total, ahead, missing)
-        shape = torch.broadcast_shapes(total.shape, self.batch_shape)
+        shape = broadcast_shapes(total.shape, self.batch_shape)
         while total.dim() > len(shape):
             total = total.squeeze(0)
         return total.expand(shape)

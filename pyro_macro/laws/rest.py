@@ -86,8 +86,8 @@ class ResidualSites(MicroLaw):
 
     @constraints.dependent_property(event_dim=1)
     def support(self) -> MicroFibre:  # type: ignore[override]
-        keep = torch.ones(self.event_shape, dtype=torch.bool)
-        keep[self.absorb] = False
+        keep = torch.ones_like(self.elements.low, dtype=torch.bool)
+        keep[..., self.absorb] = False
         low, high = self.elements.low, self.elements.high
         own = self.own.support
         discrete = bool(own.is_discrete)
@@ -95,7 +95,7 @@ class ResidualSites(MicroLaw):
         if not discrete:
             reason = PivotTransform(
                 self.elements,
-                torch.tensor([self.absorb]),
+                torch.tensor([self.absorb], device=self.value.device),
                 lambda x: self._onto(x)[..., self.absorb].unsqueeze(-1),
                 lambda x: torch.zeros_like(x[..., 0]),
             )

@@ -39,7 +39,10 @@ from torch.distributions import Transform
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_macro.errors import PyroMacroError
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.program.tracking import NOISE, Tracker, kinks, site_names
+
+OWN = "_of_pyro_macro"  # marks hooks of this library, which change nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,7 +114,7 @@ class Site:
                 shape = value.shape[min(depth, value.dim()) :]
         return shape
 
-    @property
+    @functools.cached_property
     def shape(self) -> torch.Size:
         """Of its value, of the size of the plates around it."""
         return self.expanded(self.value).shape
@@ -123,7 +126,7 @@ class Site:
         depth = max((-dim for dim in sizes), default=0)
         plates = tuple(sizes.get(dim, 1) for dim in range(-depth, 0))
         batch = value.shape[: value.dim() - len(event)]
-        return value.expand(torch.broadcast_shapes(batch, plates) + event)
+        return value.expand(broadcast_shapes(batch, plates) + event)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,11 +135,14 @@ class Shared:
 
     :ivar outside: sizes, by dimension, that its value has from outside of the model:
         from plates around it, as of posterior samples, or from enumeration.
+    :ivar again: executes it once more, where that needs no program: of a plate that
+        is not subsampled.
     """
 
     value: Any
     is_observed: bool = False
     outside: dict[int, int] = field(default_factory=dict)
+    again: Callable[[], Shared] | None = None
 
 
 class Halt(BaseException):
@@ -167,6 +173,16 @@ def unwrapped(fn: Any) -> Any:
     return fn
 
 
+def refuse_grid(name: str, fn: Any) -> None:
+    """An error if a site shares its noise with others, in a grid inside."""
+    if getattr(fn, "shares_noise", False):
+        raise PyroMacroError(
+            f"site {name!r} is inside of a pm.grid that is inside of the model. A grid "
+            "is for macro values, and goes outside: "
+            "`with pm.grid(...): intervened_model()`."
+        )
+
+
 def refuse_fixed(msg: Message, who: str) -> None:
     """An error if ``poutine.do``, applied inside, has already fixed this site."""
     if msg.get("_intervener_id") is not None:
@@ -188,10 +204,10 @@ def preserved_params() -> Iterator[None]:
 
 
 @contextmanager
-def preserved_random_state(device: torch.device) -> Iterator[None]:
-    """Draws inside leave no trace in the random state of ``device`` and the CPU."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+def preserved_random_state() -> Iterator[None]:
+    """Draws inside leave no trace in the random state of the CPU and of GPUs in use."""
+    awake = torch.cuda.is_available() and torch.cuda.is_initialized()
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if awake else []):
         yield
 
 
@@ -251,6 +267,7 @@ def preserved_buffers() -> Iterator[None]:
             if id(buffer) not in before:
                 before[id(buffer)] = (buffer, buffer.detach().clone())
 
+    setattr(keep, OWN, True)
     handle = register_module_forward_pre_hook(keep)
     try:
         yield
@@ -313,6 +330,7 @@ class InnerRun(Messenger):
         self._sites: dict[int, Site] = {}
         self._noisy: dict[int, bool] = {}
         self._private: set[str] = set()
+        self._plates: dict[int, Callable[[], Shared] | None] = {}
 
     @property
     def sets(self) -> Collection[str]:
@@ -345,12 +363,14 @@ class InnerRun(Messenger):
             if name in self.shared:
                 replay(msg, self.shared[name])
             else:
+                self._plates[id(msg)] = _whole_plate(name, msg)
                 self._show(msg, name)
             return
         if site_is_factor(msg):
             self.factors[name] = site_names(self.tracker.sources(msg["fn"]))
             msg["stop"] = True
             return
+        refuse_grid(name, msg["fn"])
         if msg.get("_intervener_id") is not None and name in self._visible.values():
             return  # the copy that `poutine.do` outside leaves behind
         sources = self.tracker.sources(msg["fn"]) | self.tracker.escaped
@@ -393,7 +413,8 @@ class InnerRun(Messenger):
         site = self._sites.pop(id(msg), None)
         if name is not None:
             observed = bool(msg.get("is_observed"))
-            self.shared[name] = Shared(msg["value"], observed, _outside(msg, site))
+            again, outside = self._plates.pop(id(msg), None), _outside(msg, site)
+            self.shared[name] = Shared(msg["value"], observed, outside, again)
         if site is None:
             return
         self.sites[site.name] = site.with_value(msg)
@@ -432,6 +453,19 @@ class ValuedRun(InnerRun):
     def otherwise(self, site: Site) -> torch.Tensor:
         """The value of a random site that is not given one."""
         raise NotImplementedError
+
+
+def _whole_plate(name: str, msg: Message) -> Callable[[], Shared] | None:
+    """Executes the statement of a plate again, if it is not subsampled."""
+    fn: Any = msg["fn"]
+    if fn.subsample_size not in (None, fn.size) or msg["value"] is not None:
+        return None
+
+    def execute() -> Shared:
+        plate = pyro.plate(name, fn.size, fn.subsample_size, device=fn.device)
+        return Shared(plate._indices, again=execute)
+
+    return execute
 
 
 def _outside(msg: Message, site: Site | None) -> dict[int, int]:

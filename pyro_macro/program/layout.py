@@ -14,6 +14,7 @@ from torch import Size, Tensor
 
 from pyro_macro.errors import NotAMicroState
 from pyro_macro.program.inner import Site, shards_of
+from pyro_macro.program.shapes import broadcast_shapes
 
 
 class Layout:
@@ -163,7 +164,7 @@ class Layout:
         if self._scalar and len(self.names) > 1:  # many sites, in few operations
             plates = _shape(self.batch)
             parts = [values[name].unsqueeze(-1) for name in self.names]
-            batch = torch.broadcast_shapes(plates, *{p.shape[:-1] for p in parts})
+            batch = broadcast_shapes(plates, *{p.shape[:-1] for p in parts})
             if any(part.shape[:-1] != batch for part in parts):
                 parts = [part.expand(batch + (1,)) for part in parts]
             return torch.cat(parts, -1)
@@ -172,7 +173,7 @@ class Layout:
         ):
             value = values[name]
             batch = value.shape[: value.dim() - len(event)]
-            batch = torch.broadcast_shapes(batch, _shape(sizes))
+            batch = broadcast_shapes(batch, _shape(sizes))
             value = value.expand(batch + event)
             # (..., 1 where the plates in `over` were, over, event)
             value = value.reshape(batch + (1,) * len(over) + event)
@@ -187,12 +188,12 @@ class Layout:
             parts.append(value)
         if len(parts) == 1:
             return parts[0]
-        batch = torch.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        batch = broadcast_shapes(*(part.shape[:-1] for part in parts))
         return torch.cat([part.expand(batch + part.shape[-1:]) for part in parts], -1)
 
     def unstack(self, vector: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`stack`: each site's value, expanded by its plates."""
-        batch = torch.broadcast_shapes(vector.shape[:-1], self.batch_shape)
+        batch = broadcast_shapes(vector.shape[:-1], self.batch_shape)
         if self._scalar:
             elements = vector.expand(batch + vector.shape[-1:]).unbind(-1)
             return dict(zip(self.names, elements, strict=True))

@@ -162,7 +162,7 @@ class _MechanismRun(InnerRun):
             marked[leaf] = self.tracker.leaf(value, leaf)
             self.values[leaf] = value
         args, kwargs = put_back(args, kwargs, marked)
-        with preserved_random_state(torch.device("cpu")):
+        with preserved_random_state():
             torch.manual_seed(self.seed)
             self.run(noted, args, kwargs)
 

@@ -12,7 +12,7 @@ derivative (:meth:`NoiseView.forward`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import singledispatch
 from typing import Any
@@ -173,16 +173,25 @@ class NoiseView:
         if not pairs:
             n = len(next(iter(directions.values()))) if directions else 1
             return self.output.new_zeros((n,) + self.output.shape)
-        (result,) = torch.autograd.grad(
-            [adjoint for adjoint, _ in pairs],
-            self._cotangent,
-            [direction for _, direction in pairs],
+        adjoints, along = zip(*pairs, strict=True)
+        (result,) = self._gradients(adjoints, [self._cotangent], along)
+        return result
+
+    def _gradients(
+        self, outputs: Any, inputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Derivatives for several cotangents, shape ``(n,)`` in front."""
+        single = len(cotangents[0]) == 1  # spares the price of a batch
+        found = torch.autograd.grad(
+            outputs,
+            inputs,
+            [c[0] for c in cotangents] if single else cotangents,
             retain_graph=True,
             create_graph=self.differentiable,
-            is_grads_batched=True,
+            is_grads_batched=not single,
             materialize_grads=True,
         )
-        return result
+        return [gradient.unsqueeze(0) for gradient in found] if single else list(found)
 
     def backward(self, cotangents: Tensor) -> dict[Key, Tensor]:
         """The coefficients of some rows of the output: ``(n,) + group`` by group.
@@ -191,14 +200,8 @@ class NoiseView:
         """
         if not self.noises:
             return {}
-        gradients = torch.autograd.grad(
-            self.output,
-            [noise.leaf for noise in self.noises],
-            cotangents,
-            retain_graph=True,
-            create_graph=self.differentiable,
-            is_grads_batched=True,
-        )
+        leaves = [noise.leaf for noise in self.noises]
+        gradients = self._gradients([self.output], leaves, [cotangents])
         return {n.key: g for n, g in zip(self.noises, gradients, strict=True)}
 
 

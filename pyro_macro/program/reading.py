@@ -22,7 +22,6 @@ from pyro_macro.program.inner import (
     preserved_random_state,
     shards_of,
 )
-from pyro_macro.program.tracking import tensors_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,9 +105,7 @@ class _ReadingRun(InnerRun):
 
 def draw(fn: Any) -> torch.Tensor:
     """A private draw, after which the random state is what it was."""
-    some = tensors_in(fn)
-    device = some[0].device if some else torch.device("cpu")
-    with preserved_random_state(device), torch.no_grad():
+    with preserved_random_state(), torch.no_grad():
         return fn.sample()
 
 

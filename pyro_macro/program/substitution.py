@@ -47,9 +47,9 @@ def detached() -> Iterator[None]:
 
 
 @contextmanager
-def apart(seed: int, device: torch.device) -> Iterator[None]:
+def apart(seed: int) -> Iterator[None]:
     """Inference inside leaves nothing behind for the handlers that are running."""
-    with detached(), preserved_random_state(device), torch.enable_grad():
+    with detached(), preserved_random_state(), torch.enable_grad():
         with pyro.validation_enabled(False):
             torch.manual_seed(seed)
             yield

@@ -12,24 +12,31 @@ cannot be told", and the program is read again: only a whitelist is trusted.
 
 from __future__ import annotations
 
-import builtins
+import dataclasses
 import dis
-import enum
 import functools
 import random
 import sys
 import types
 import weakref
+from abc import ABC, ABCMeta, get_cache_token
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import pyro
 import torch
+from pyro.infer.reparam.reparam import Reparam
 from pyro.poutine import runtime
+from pyro.poutine.messenger import Messenger, _bound_partial
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
+from torch.distributions import Distribution, Transform
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+
+from pyro_macro.program.inner import OWN
 
 # Modules whose content does not change while a program runs
 _TRUSTED = """
@@ -38,10 +45,12 @@ _TRUSTED = """
     builtins types copy string enum networkx
 """
 _LIBRARIES = frozenset(_TRUSTED.split())
-# Functions in them whose answer may: stores, files, numbers drawn apart
+# What is in them and may: stores, files, settings, numbers drawn apart
 _IMPURE = """
-    get_param_store settings load fromfile memmap loadtxt genfromtxt random Generator
-    default_generator seed initial_seed
+    get_param_store settings load from_file fromfile fromregex memmap loadtxt genfromtxt
+    loadmat random Generator default_generator seed initial_seed get_rng_state
+    set_rng_state datetime64 ops classes hub io backends lru_cache cache param module
+    random_module ParamStoreDict get_plates subsample am_i_wrapped from_blob
 """
 _CHANGING = frozenset(_IMPURE.split())
 _BUILTINS = """
@@ -70,8 +79,32 @@ _PLAIN = (
     torch.device,
     type(Ellipsis),
 )
-# What remembers more than its attributes tell
-_STATEFUL = (pyro.nn.PyroModule, functools._lru_cache_wrapper)
+# Whose instances are what their attributes are, whatever of them is derived
+_OPEN = (
+    object,
+    ABC,
+    Generic,
+    torch.nn.Module,
+    Distribution,
+    Transform,
+    Messenger,
+    Reparam,
+)
+_METAS = (type, ABCMeta, type(pyro.distributions.Normal))
+# Methods that a dataclass is given
+_MADE = """
+    __repr__ __eq__ __hash__ __lt__ __le__ __gt__ __ge__ __setattr__
+    __delattr__ __replace__
+"""
+_GENERATED = frozenset(_MADE.split())
+# Nothing that a program looks at
+_ASIDE = """
+    __dict__ __weakref__ __module__ __doc__ __qualname__ __annotations__ __annotate__
+    __annotate_func__ __annotations_cache__ __static_attributes__ __firstlineno__
+    __abstractmethods__ __parameters__ __orig_bases__ __match_args__ __slots__
+    __dataclass_params__ __dataclass_fields__ _abc_impl
+"""
+_SKIPPED = frozenset(_ASIDE.split())
 LARGEST = 2**28  # bytes that a snapshot may copy
 
 
@@ -107,33 +140,51 @@ class Snapshot:
         try:
             for thing in things:
                 walk.see(thing)
-        except (_Unknown, RecursionError):
+        except Exception:  # whatever it is that the user's things do when looked at
             return None
         return cls((*_settings(), *walk.words), walk.arrays)
 
-    def copied(self) -> Snapshot | None:
+    def copied(self) -> Copied | None:
         """With copies of all numbers, so that later changes show."""
         if sum(array.nbytes for array in self.arrays) > LARGEST:
             return None
-        copies = [
+        return Copied(self)
+
+
+class Copied:
+    """A snapshot that is kept, to be compared with later ones."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.words = snapshot.words
+        # What was read may hold the tensors themselves: they have to be the same, and
+        # to have the content that they had
+        self._arrays = [weakref.ref(array) for array in snapshot.arrays]
+        self._copies = [
             a.detach().clone() if isinstance(a, Tensor) else a.copy()
-            for a in self.arrays
+            for a in snapshot.arrays
         ]
-        return Snapshot(self.words, copies)
 
     def is_of_now(self, now: Snapshot) -> bool:
         """Whether ``now``, taken later, is the same."""
         return (
             self.words == now.words
-            and len(self.arrays) == len(now.arrays)
-            and all(map(_same_numbers, self.arrays, now.arrays))
+            and len(self._arrays) == len(now.arrays)
+            and all(a() is b for a, b in zip(self._arrays, now.arrays, strict=True))
+            and all(map(_same_numbers, self._copies, now.arrays))
         )
 
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _same_numbers(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor):
-        return torch.equal(one, other)
-    return one.tobytes() == other.tobytes()
+    """Whether all bits are: zeros have signs, and NaN is not equal to itself."""
+    if not isinstance(one, Tensor):
+        return one.tobytes() == other.tobytes()
+    if one.is_complex():
+        one, other = torch.view_as_real(one), torch.view_as_real(other)
+    bits = _BITS[one.element_size()]
+    return torch.equal(one.detach().view(bits), other.detach().view(bits))
 
 
 def _is_watched() -> bool:
@@ -146,6 +197,8 @@ def _is_watched() -> bool:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._functorch.maybe_current_level() is not None
         or torch._C._get_tracing_state() is not None
+        or _global_forward_hooks
+        or any(not hasattr(h, OWN) for h in _global_forward_pre_hooks.values())
     )
 
 
@@ -157,6 +210,10 @@ def _settings() -> tuple[Any, ...]:
         torch.is_inference_mode_enabled(),
         is_validation_enabled(),
         torch.is_autocast_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        tuple(sorted(pyro.settings.get().items())),
+        get_cache_token(),  # of classes registered with an abstract one
         # Where plates without a dimension go
         tuple(runtime._DIM_ALLOCATOR._stack),
     )
@@ -174,7 +231,7 @@ def outside_draws(found: list[str]) -> Iterator[None]:
 
 def _numpy_state() -> Any:
     numpy = sys.modules.get("numpy")
-    return None if numpy is None else numpy.random.get_state()[1:3]
+    return None if numpy is None else numpy.random.get_state()[1:]
 
 
 def _cuda_state() -> Any:
@@ -194,13 +251,29 @@ _GENERATORS: dict[str, Callable[[], Any]] = {
 def _same_state(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return torch.equal(one, other)
-    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == 2:
-        return (one[0] == other[0]).all() and one[1] == other[1]  # of numpy
+    if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == 4:
+        return bool((one[0] == other[0]).all()) and one[1:] == other[1:]  # of numpy
     return one is other or one == other
 
 
+class _Same:
+    """As a word equal to itself alone; kept alive, so that no other takes its id."""
+
+    def __init__(self, thing: Any) -> None:
+        self.thing = thing
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.thing is self.thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+
 class _Walk:
-    """Visits everything that can be reached, each once."""
+    """Visits everything that can be reached, each once.
+
+    Things are asked for their type alone, never for attributes that they may invent.
+    """
 
     def __init__(self) -> None:
         self.words: list[Any] = []
@@ -210,8 +283,8 @@ class _Walk:
     def see(self, thing: Any) -> None:
         kind = type(thing)
         if kind in _PLAIN:
-            # 0.0 == -0.0, and NaN is not itself
-            self.words.append((kind, thing.hex() if kind is float else thing))
+            signed = kind in (float, complex)  # zeros have signs
+            self.words.append((kind, repr(thing) if signed else thing))
             return
         if id(thing) in self._seen:  # which one is part of the structure
             self.words.append(("again", self._seen[id(thing)][0]))
@@ -220,123 +293,127 @@ class _Walk:
         self.words.append(kind)
         if kind is Tensor or kind is torch.nn.Parameter:
             self._numbers(thing)
-        elif kind in (list, tuple, set, frozenset):
-            self._members(thing)
-        elif isinstance(thing, dict) and kind.__module__ in ("builtins", "collections"):
-            self.words.append(len(thing))
-            for key, value in thing.items():
-                self.see(key)
-                self.see(value)
-        elif isinstance(thing, types.FunctionType):
-            self._function(thing)
-        elif isinstance(thing, types.MethodType):
-            self.see(thing.__func__)
-            self.see(thing.__self__)
-        elif isinstance(thing, functools.partial):
-            for part in (thing.func, thing.args, thing.keywords):
-                self.see(part)
-        elif isinstance(thing, (types.BuiltinFunctionType, type)):
-            self._named(thing)
-        elif isinstance(thing, enum.Enum):
-            self.words.append(thing)
-        elif kind.__module__ == "numpy" and hasattr(thing, "tobytes"):
-            self._array(thing)
-        else:
-            self._instance(thing)
-
-    def _members(self, things: Any) -> None:
-        self.words.append(len(things))
-        if isinstance(things, (set, frozenset)):
-            if not all(type(thing) in _PLAIN for thing in things):
+        elif kind in (list, tuple):
+            self._all(thing)
+        elif kind in (set, frozenset):
+            if not all(type(each) in _PLAIN for each in thing):
                 raise _Unknown
-            self.words.append(frozenset(things))
-            return
+            self._all(thing)  # in the order that a loop would take
+        elif kind in (dict, OrderedDict, defaultdict):
+            if kind is defaultdict:
+                self.see(thing.default_factory)
+            self._all([part for pair in thing.items() for part in pair])
+        elif kind is types.FunctionType:
+            self._function(thing)
+        elif kind is types.MethodType:
+            self._all([thing.__func__, thing.__self__])
+        elif kind in (staticmethod, classmethod):
+            self.see(thing.__func__)
+        elif kind is property:
+            self._all([thing.fget, thing.fset, thing.fdel])
+        elif kind is functools.partial or kind is _bound_partial:
+            self._all([thing.func, thing.args, thing.keywords, vars(thing)])
+        elif kind is types.BuiltinFunctionType:
+            self._builtin(thing)
+        elif issubclass(kind, type):
+            self._class(thing)
+        elif kind.__module__ == "numpy" and kind.__name__ == "ndarray":
+            self._array(thing)
+        elif kind.__module__ == "numpy" and _is_scalar(kind):
+            self.words.append((str(thing.dtype), thing.tobytes()))  # a scalar
+        elif kind is types.SimpleNamespace:
+            self.see(vars(thing))
+        else:
+            self._instance(thing, kind)
+
+    def _all(self, things: Any) -> None:
+        self.words.append(len(things))
         for thing in things:
             self.see(thing)
 
     def _numbers(self, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided or tensor.is_meta:
+        odd = (
+            tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
+        )
+        if odd or tensor.layout is not torch.strided:
             raise _Unknown
         if tensor.requires_grad and torch.is_grad_enabled():
             raise _Unknown  # a graph can be used once only
-        self.words.append((tensor.shape, tensor.dtype, tensor.device))
+        if vars(tensor) or (tensor.is_leaf and tensor.grad is not None):
+            raise _Unknown
+        self.words.append((tensor.shape, tensor.dtype, tensor.requires_grad))
+        self.words.append((tensor.device, tensor.data_ptr()))
         self.arrays.append(tensor)
+        self.see(tensor._base)
 
     def _array(self, array: Any) -> None:
         if array.dtype.hasobject:
             raise _Unknown
         self.words.append((array.shape, str(array.dtype)))
         self.arrays.append(array)
+        self.see(array.base)
 
-    def _named(self, thing: Any) -> None:
-        """A class, or a function without Python code."""
-        module = getattr(thing, "__module__", None)
-        if module is None:  # methods of builtin things
-            owner = getattr(thing, "__self__", None)
-            if owner is None or isinstance(owner, types.ModuleType):
+    def _builtin(self, function: Any) -> None:
+        """A function without Python code."""
+        module, owner = function.__module__, function.__self__
+        if module is None:  # a method of something
+            if owner is None or type(owner) is types.ModuleType:
                 raise _Unknown
-            self.words.append(thing.__name__)
+            self.words.append(function.__name__)
             self.see(owner)
             return
-        error = isinstance(thing, type) and issubclass(thing, Exception)
-        if module == "builtins" and thing.__name__ not in _PURE and not error:
+        if module == "builtins" and function.__name__ not in _PURE:
             raise _Unknown
-        if _is_library(thing, module):
-            self.words.append(thing)
-        elif isinstance(thing, type):
-            self._class(thing)
-        else:
+        if _root(module) not in _LIBRARIES or function.__name__ in _CHANGING:
             raise _Unknown
+        self.words.append(_Same(function))
 
     def _class(self, kind: type) -> None:
-        self.words.append(kind)
-        for base in kind.__bases__:
-            self.see(base)
+        self.words.append(_Same(kind))
+        if _is_library(kind):
+            return
+        if type(kind) not in _METAS:
+            raise _Unknown
+        self._all(kind.__bases__)
+        generated = _GENERATED if "__dataclass_fields__" in vars(kind) else ()
         for key, value in vars(kind).items():
-            if key in ("__dict__", "__weakref__", "__module__", "__doc__"):
+            if key in _SKIPPED or (key in generated and _is_generated(value)):
                 continue
-            if isinstance(value, (staticmethod, classmethod)):
-                value = value.__func__
-            if isinstance(value, property):
-                value = (value.fget, value.fset, value.fdel)
-            if key.startswith(
-                ("__dataclass", "_abc_", "__annot", "__static", "__first")
-            ):
-                continue
+            self.words.append(key)
             self.see(value)
 
-    def _instance(self, thing: Any) -> None:
-        if hasattr(thing, "depends_on"):  # of this library: it knows by itself
+    def _instance(self, thing: Any, kind: type) -> None:
+        if _is_library(kind) and hasattr(kind, "depends_on"):
             self.see(thing.depends_on())
             return
-        kind = type(thing)
-        if isinstance(thing, _STATEFUL) or not all(map(_is_python, kind.__mro__)):
+        if kind is object:
+            self.words.append(_Same(thing))
+            return
+        if not _is_open(kind) or issubclass(kind, pyro.nn.PyroModule):
             raise _Unknown
-        if not hasattr(thing, "__dict__") or any(
-            vars(base).get("__slots__") for base in kind.__mro__
-        ):
-            raise _Unknown
-        self.see(kind)
-        for key, value in vars(thing).items():
-            if isinstance(value, weakref.ref):
-                raise _Unknown
+        self._class(kind)
+        attributes = vars(thing)
+        self.words.append(len(attributes))
+        for key, value in attributes.items():
             self.words.append(key)
             self.see(value)
 
     def _function(self, function: types.FunctionType) -> None:
         code = function.__code__
-        self.words.append(code)
-        self.see(function.__defaults__)
-        self.see(function.__kwdefaults__)
-        if vars(function):
-            self.see(vars(function))
+        self.words.append((code, function.__name__, function.__qualname__))
+        own: dict[str, Any] = function.__builtins__  # type: ignore[attr-defined]
+        from_library = code.co_filename.startswith(_ROOTS)
+        if _root(function.__module__ or "") in _LIBRARIES and (
+            function.__name__ in _CHANGING
+        ):
+            raise _Unknown
         names = _names_in(code)
         if names is None:
             raise _Unknown
+        self._all([function.__defaults__, function.__kwdefaults__, vars(function)])
         cells = dict(zip(code.co_freevars, function.__closure__ or (), strict=True))
-        from_library = code.co_filename.startswith(_ROOTS)
-        for root, chain in names:
-            if root in cells:
+        for free, root, chain in names:
+            if free:
                 try:
                     self._chain(cells[root].cell_contents, chain)
                 except ValueError:  # an empty cell
@@ -345,57 +422,104 @@ class _Walk:
                 continue
             elif root in function.__globals__:
                 self._chain(function.__globals__[root], chain)
-            elif hasattr(builtins, root):
-                self.see(getattr(builtins, root))
+            elif root in own:
+                self._chain(own[root], ())
             else:
                 self.words.append((root, "nowhere"))
 
     def _chain(self, thing: Any, chain: tuple[str, ...]) -> None:
         """What ``thing.one.two`` is, as far as ``thing`` is a module."""
         for name in chain:
-            if not isinstance(thing, types.ModuleType):
+            if type(thing) is not types.ModuleType:
                 break
-            root = thing.__name__.split(".")[0]
-            if root in _LIBRARIES:
-                if name in _CHANGING:
+            found = vars(thing).get(name)
+            if found is None:
+                raise _Unknown  # made on demand, or missing
+            if _root(thing.__name__) in _LIBRARIES:
+                if name.startswith("_") or not _CHANGING.isdisjoint(chain):
                     raise _Unknown
-                self.words.append((thing.__name__, name))
-                if not isinstance(vars(thing).get(name), types.ModuleType):
+                if type(found) is not types.ModuleType:
+                    self.words.append((thing.__name__, name, _Same(found)))
                     return
-            thing = getattr(thing, name, None)
-        if isinstance(thing, types.ModuleType):
+            thing = found
+        if type(thing) is types.ModuleType:
+            raise _Unknown
+        builtin = isinstance(thing, type) and thing.__module__ == "builtins"
+        error = builtin and issubclass(thing, Exception)
+        if builtin and thing.__name__ not in _PURE and not error:
             raise _Unknown
         self.see(thing)
 
 
-def _is_python(kind: type) -> bool:
-    """Whether a class is written in Python, so that its attributes are all it has."""
-    if kind is object or _is_library(kind, kind.__module__):
-        return True
-    module = sys.modules.get(kind.__module__)
-    file = getattr(module, "__file__", None) or ".py"
-    return kind.__module__ != "builtins" and file.endswith((".py", ".ipynb"))
+def _is_scalar(kind: type) -> bool:
+    """Whether it is a kind of number of NumPy."""
+    return any(base.__name__ == "generic" for base in kind.__mro__)
 
 
-def _is_library(thing: Any, module: str) -> bool:
-    """Whether a class or function is what a library holds under its name."""
-    if module.split(".")[0].lstrip("_") not in _LIBRARIES:
+def tensors_held(thing: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """The tensors that something of this library, or a distribution, consists of."""
+    if isinstance(thing, Tensor):
+        yield thing
+        return
+    seen = set() if seen is None else seen
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    own = _root(type(thing).__module__) == "pyro_macro"
+    if own or isinstance(thing, (Distribution, Transform)):
+        thing = getattr(thing, "__dict__", {})
+    if isinstance(thing, dict):
+        thing = list(thing.values())
+    if isinstance(thing, (list, tuple)):
+        for part in thing:
+            yield from tensors_held(part, seen)
+
+
+def _root(module: str) -> str:
+    return module.split(".")[0].lstrip("_")
+
+
+def _is_library(kind: type) -> bool:
+    """Whether a class is what a library holds under its name."""
+    if _root(kind.__module__) not in _LIBRARIES or kind.__name__ in _CHANGING:
         return False
-    if getattr(thing, "__name__", "") in _CHANGING:
-        return False
-    if not isinstance(thing, type):
-        return True
-    found: Any = sys.modules.get(module)
-    for name in thing.__qualname__.split("."):
+    found: Any = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
         found = getattr(found, name, None)
-    return found is thing
+    return found is kind
 
 
-_LOADS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
+def _is_open(kind: type) -> bool:
+    """Whether the instances of a class are what their attributes are."""
+    if "__getattr__" in dir(kind) and not issubclass(kind, torch.nn.Module):
+        return False  # attributes without end, or of elsewhere
+    for base in kind.__mro__:
+        if base in _OPEN or (_root(base.__module__) == "pyro_macro"):
+            continue
+        if _is_library(base):
+            if not issubclass(base, _OPEN[3:]):
+                return False
+        elif vars(base).get("__slots__") or "__dict__" not in dir(base):
+            return False
+    return True
+
+
+def _is_generated(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    return code is not None and (
+        code.co_filename == "<string>" or code.co_filename == dataclasses.__file__
+    )
+
+
+# Ways around everything that is looked at here
+_HIDDEN = "__globals__ __subclasses__ __code__ __closure__ __builtins__ f_back"
+_INSIDE = frozenset(_HIDDEN.split())
+# Of a name: whether it is a free variable, itself, and the attributes that follow
+_Name = tuple[bool, str, tuple[str, ...]]
 _CODES: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def _names_in(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...] | None:
+def _names_in(code: types.CodeType) -> tuple[_Name, ...] | None:
     """The names that a function looks up outside of itself, with their attributes.
 
     :returns: ``None`` if it imports, or assigns to what is not its own.
@@ -405,35 +529,34 @@ def _names_in(code: types.CodeType) -> tuple[tuple[str, tuple[str, ...]], ...] |
     return _CODES[code]
 
 
-def _found_names(code: types.CodeType) -> Any:
-    found: dict[tuple[str, tuple[str, ...]], None] = {}
-    root, chain = "", []
+def _found_names(code: types.CodeType) -> tuple[_Name, ...] | None:
+    found: dict[_Name, None] = {}
+    current: tuple[bool, str] | None = None
+    chain: list[str] = []
     for step in dis.get_instructions(code):
         name = step.opname
         if name.startswith(("IMPORT", "STORE_GLOBAL", "DELETE_GLOBAL")):
             return None
-        if name == "STORE_DEREF" and step.argval in code.co_freevars:
+        if name.startswith(("LOAD_ATTR", "LOAD_METHOD")) and step.argval in _INSIDE:
+            return None
+        free = "DEREF" in name or "CLASSDEREF" in name
+        if free and step.argval not in code.co_freevars:
+            free, name = False, ""  # a variable of its own
+        if free and name.startswith(("STORE", "DELETE")):
             return None  # a counter, say
-        if root and name.startswith(("LOAD_ATTR", "LOAD_METHOD")):
+        if current and name.startswith(("LOAD_ATTR", "LOAD_METHOD")):
             chain.append(step.argval)
             continue
-        if root:
-            found[root, tuple(chain)] = None
-            root, chain = "", []
-        if (
-            name.startswith(_LOADS)
-            and (
-                name.startswith(("LOAD_GLOBAL", "LOAD_NAME"))
-                or step.argval in code.co_freevars
-            )
-            or name.startswith("LOAD_FROM_DICT_OR")
-        ):
-            root = step.argval
+        if current:
+            found[current[0], current[1], tuple(chain)] = None
+            current, chain = None, []
+        if free or name.startswith(("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT")):
+            current = (free, step.argval)
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             inner = _names_in(constant)
             if inner is None:
                 return None
-            local = set(code.co_cellvars)
-            found |= {(r, c): None for r, c in inner if r not in local}
+            own = set(code.co_cellvars)
+            found |= {n: None for n in inner if not (n[0] and n[1] in own)}
     return tuple(found)

@@ -104,8 +104,8 @@ def _side_by_side(
     lead = (len(pinned.at), min(4 * sampler.count, room))
     with pinned.along(sampler.depth + 1):
         values = sampler.values(sampler.within(fn, lead))
-    weight = pinned.log_weight.reshape(lead[0], -1)[:, : lead[1]]
-    return weight, [q.of(values, lead, sampler.depth) for q in quantities]
+    weight = pinned.log_weight.reshape(lead[0], -1)[:, : lead[1]].cpu()
+    return weight, [q.of(values, lead, sampler.depth).cpu() for q in quantities]
 
 
 def _one_by_one(
@@ -120,9 +120,9 @@ def _one_by_one(
         for _ in range(sampler.count):
             with pinned.alone(value):
                 values = sampler.values(sampler.within(fn, ()))
-            weights.append(pinned.log_weight.reshape(()))
+            weights.append(pinned.log_weight.reshape(()).cpu())
             for part, q in zip(drawn, quantities, strict=True):
-                part.append(q.of(values))
+                part.append(q.of(values).cpu())
     shape = (len(pinned.at), sampler.count)
     parts = [torch.stack(part).reshape(*shape, -1) for part in drawn]
     return torch.stack(weights).reshape(shape), parts
@@ -206,9 +206,9 @@ class _Pinned(Messenger):
                 "pass the model without `reparam`, or name another site last."
             )
         state = layout.stack(self.values).double()  # (..., K)
-        own = layout.place(self.last)
+        own, row = layout.place(self.last), self.row.to(state.device)
         if self.place is None:
-            weights = self.row[own.start : own.stop]
+            weights = row[own.start : own.stop]
             spread = self._spread(base, msg["value"], weights)
             spread = torch.where(self._has_pole(base, msg["value"]), 0.0, spread)
             if not bool(spread.any()):
@@ -221,12 +221,12 @@ class _Pinned(Messenger):
             self.place = own.start + int(spread.argmax())
         place = self.place
         # The macro values stand left of all dimensions that plates may take
-        value = self._value
+        value = self._value.to(state.device)
         while value.dim() > max(state.dim() - 1, 0) and value.shape[-1] == 1:
             value = value.squeeze(-1)
-        rest = value - state @ self.row + state[..., place] * self.row[place]
+        rest = value - state @ row + state[..., place] * row[place]
         state = state.expand(rest.shape + state.shape[-1:]).clone()
-        state[..., place] = rest / self.row[place]
+        state[..., place] = rest / row[place]
         drawn = msg["value"]
         pinned = layout.unstack(state)[self.last]
         pinned = pinned.reshape(drawn.shape).to(drawn.dtype)

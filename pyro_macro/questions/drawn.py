@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -54,7 +56,7 @@ def drawn_report(
     at = question.values(at)
     natural = not question.common_causes
     seen = _observed(question, sampler, at)
-    done = _under(question, sampler, realization, at)
+    done = draws_under(question, sampler, realization, at)
     n, size = len(at), effect.size
     question.refuse_nan(torch.cat([seen.flatten(), done.flatten()]))
     flat = [d.transpose(1, 2).reshape(n * size, -1) for d in (seen, done)]
@@ -133,7 +135,7 @@ def _observed(question: Question, sampler: Sampler, at: Tensor) -> Tensor:
     else:
         found = _if_known(sampler, at, quantities)
         if found is None:
-            return _under(question, sampler, Natural, at)
+            return draws_under(question, sampler, Natural, at)
     if found is None:
         raise UnsupportedLaw(
             f"{question.what}: hardly any draw could be made of the program given "
@@ -166,31 +168,56 @@ def _natural(
     return [question.cut.as_values(parts) for parts in each]
 
 
-def _under(
-    question: Question, sampler: Sampler, realization: Realizing, at: Tensor
+def draws_under(
+    question: Question,
+    sampler: Sampler,
+    realization: Realizing,
+    at: Tensor,
+    common: bool = False,
 ) -> Tensor:
-    """Draws of the effect when the macro value is set: ``(n, N, size)``."""
+    """Draws of the effect when the macro value is set: ``(n, N, size)``.
+
+    :param common: whether random numbers are the same for all macro values, where all
+        are drawn in one run.
+    """
     effect = question.cut.others["effect"]
-    instance = question.instance(realization, at)
+    instance = question.instance(realization, at[:1])
     states = None
-    if is_natural(instance) and not instance.given:
+    if (
+        is_natural(instance)
+        and not instance.given
+        and not (common and _is_exact(question, realization, at))
+    ):
         states = _natural(question, sampler, at)
     if states is None:
         states = _from_chains(question, realization, instance, at)
     if states is not None:
         return sampler.under(states, effect[0], len(at))
-    fn = macro_do(
-        question.model[0],
-        {question.cause: question.instance(realization, at, draws=True)},
-    )
-    if sampler.is_vectorized(fn, len(at)):
-        return sampler.draw(fn, effect, grid=len(at))[0]
+    with suppress(RuntimeError, ValueError):  # of what is for one value alone
+        whole = question.instance(realization, at, draws=True)
+        fn = macro_do(question.model[0], {question.cause: whole})
+        if sampler.is_vectorized(fn, len(at)):
+            return sampler.draw(fn, effect, grid=len(at), common=common)[0]
     parts = []
     for value in at:
         one = question.instance(realization, value, alone=True)
         fn = macro_do(question.model[0], {question.cause: one})
         parts.append(sampler.draw(fn, effect)[0])
     return torch.stack(parts)
+
+
+def _is_exact(question: Question, realization: Realizing, at: Tensor) -> bool:
+    """Whether the natural law of the micro state is known exactly."""
+
+    def unsampled(value: Tensor) -> Realization:
+        instance: Any = realization(value)
+        return dataclasses.replace(instance, sampler=None)
+
+    try:
+        laws = [r.law for r in question.realized(unsampled, at)]
+    except UnsupportedLaw:
+        return False
+    return all(getattr(law, "method", "").startswith("exact") for law in laws)
 
 
 def _from_chains(

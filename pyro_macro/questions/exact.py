@@ -97,18 +97,8 @@ def _affine(
             "follows from the others), so that there is no P(effect | cause)."
         )
     at = question.asked(at)
-    value = question.spread(at)
-    seen = affine.effect_given(value)
-    if is_natural(instance):
-        done: Moments | None = affine.effect_adjusted(value)
-    elif instance.given or instance.acts_on_natural:
-        done = None
-    else:
-        parts = [
-            affine.effect_under(r.law, r.layout, r.push)
-            for r in question.realized(realization, at)
-        ]
-        done = None if None in parts else _joined([p for p in parts if p is not None])
+    seen = affine.effect_given(question.spread(at))
+    done = affine_done(question, realization, instance, at)
     if done is None:
         return None
     # Coefficients have the precision of the program, arithmetic on them is in float64
@@ -136,6 +126,24 @@ def _affine(
     )
 
 
+def affine_done(
+    question: Question, realization: Realizing, instance: Realization, at: Tensor
+) -> Moments | None:
+    """``P(Yb | do(xb))`` of an affine-Gaussian program, if it is a Gaussian."""
+    affine = question.affine
+    if affine is None:
+        return None
+    if is_natural(instance):
+        return affine.effect_adjusted(question.spread(at))
+    if instance.given or instance.acts_on_natural:
+        return None
+    parts = [
+        affine.effect_under(r.law, r.layout, r.push)
+        for r in question.realized(realization, at)
+    ]
+    return None if None in parts else _joined([p for p in parts if p is not None])
+
+
 def _joined(parts: list[Moments]) -> Moments:
     return Moments(
         torch.cat([p.mean for p in parts]), torch.cat([p.covariance for p in parts])
@@ -151,21 +159,7 @@ def _finite(
     at = question.asked(at)
     index = question.index(at)
     at = question.exactly(at, index)
-    if is_natural(instance) and instance.given:
-        done: Tensor | None = finite.effect_adjusted(index)
-    elif is_natural(instance):
-        done = finite.effect_under(finite.natural(index))
-    elif instance.given:
-        done = None
-    else:
-        weights = [
-            finite.weights_of(r.law, r.layout, r.push)
-            for r in question.realized(realization, at)
-        ]
-        known = [w for w in weights if w is not None]
-        done = None
-        if len(known) == len(weights):
-            done = finite.effect_under(torch.cat(known))
+    done = finite_done(question, realization, instance, at)
     if done is None:
         return None
     seen = finite.effect_given(index)
@@ -188,3 +182,27 @@ def _finite(
         Outcomes(values, seen),
         Outcomes(values, done),
     )
+
+
+def finite_done(
+    question: Question, realization: Realizing, instance: Realization, at: Tensor
+) -> Tensor | None:
+    """``P(yb | do(xb))`` of a finite program, shape ``(n, Y)``, if it is known."""
+    finite = question.finite
+    if finite is None or instance.acts_on_natural:
+        return None
+    index = question.index(at)
+    if is_natural(instance) and instance.given:
+        return finite.effect_adjusted(index)
+    if is_natural(instance):
+        return finite.effect_under(finite.natural(index))
+    if instance.given:
+        return None
+    weights = [
+        finite.weights_of(r.law, r.layout, r.push)
+        for r in question.realized(realization, at)
+    ]
+    known = [w for w in weights if w is not None]
+    if len(known) < len(weights):
+        return None
+    return finite.effect_under(torch.cat(known))

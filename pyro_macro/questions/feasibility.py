@@ -124,17 +124,17 @@ def _affine(
 def _moved(question: Question, law: Any, at: Tensor) -> Tensor:
     """How far a law is from the natural one, shape ``(n,)``."""
     if isinstance(law, StretchedNormal):
-        return law.moved.reshape(-1).expand(len(at)).double()
+        return law.moved.reshape(-1).expand(len(at)).cpu().double()
     (natural,) = question.realized(Natural, at)
     if isinstance(law, NaturalNormal) and law.rows.shape == natural.law.rows.shape:
         return torch.zeros(len(at), dtype=torch.float64)  # it is that, nothing to move
     if law.event_shape[-1] > DENSE:
         return torch.full((len(at),), torch.nan, dtype=torch.float64)
     size = law.event_shape[-1]
-    own = getattr(law, "covariance_matrix", torch.zeros(size, size))
+    own = getattr(law, "covariance_matrix", law.mean.new_zeros(size, size))
     one = Moments(law.mean.double(), own.double())
     other = Moments(natural.law.mean.double(), natural.law.covariance_matrix.double())
-    return two_wasserstein(one, other).reshape(-1).expand(len(at))
+    return two_wasserstein(one, other).reshape(-1).expand(len(at)).cpu()
 
 
 def _finite(question: Question, at: Any) -> FeasibilityReport:
@@ -232,7 +232,7 @@ def coefficient(question: Question, affine: AffineEffect, along: Any) -> Tensor:
     if along is None:
         return affine.natural_coefficient
     size = affine.alpha.shape[-1]
-    direction = torch.as_tensor(along, dtype=torch.float64)
+    direction = torch.as_tensor(along, dtype=torch.float64, device="cpu")
     if direction.shape != (size,) or not bool(direction.isfinite().all()):
         raise PyroMacroError(
             f"{question.what}: along has shape {tuple(direction.shape)}. Expected "

@@ -106,7 +106,7 @@ def paradox(
     ``Pdo(X | xb)``, there is a law of ``(X, Y, Z)`` with ``P(Y | x) != P(Y | do(x))``
     and ``P(Yb | x) != P(Yb | do(x))`` for some ``x``, and nevertheless
     ``P(Yb | xb) = P(Yb | do(xb))`` for all ``xb``. ``P(Z)`` and ``P(X | Z)`` are drawn
-    at random, ``P(Y | X, Z)`` is made by :func:`cancelling_kernel`, and of several
+    at random, ``P(Y | X, Z)`` is made by ``cancelling_kernel``, and of several
     such models that with the largest gap below is returned, after a check.
 
     :param cause_map: the macro value of each value ``0, 1, ...`` of ``X``.

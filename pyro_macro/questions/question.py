@@ -92,7 +92,8 @@ class Question:
         self.model: Model = (model, tuple(model_args), dict(model_kwargs or {}))
         self.cause, self.effect = cause, effect
         self._why_not = ""
-        with self.unseen():
+        # Runs that only check need no derivatives: a report has none
+        with self.unseen(), torch.no_grad():
             self.cut = Cut(self.model, cause, {"effect": (effect,), **others})
         self.what = self.cut.cause.what
         self.cut.refuse_overlap()
@@ -100,8 +101,8 @@ class Question:
             self._refuse_affected(things)
         self._refuse_parts([cause, effect, *(t for ts in others.values() for t in ts)])
         self.cut.refuse_observed()
-        values = [self.cut.sites[n].value.reshape(-1).double() for n in self.cut.names]
-        self.refuse_nan(torch.cat(values))
+        values = [self.cut.sites[n].value.reshape(-1).cpu() for n in self.cut.names]
+        self.refuse_nan(torch.cat([value.double() for value in values]))
 
     @classmethod
     def of(
@@ -151,7 +152,7 @@ class Question:
         stack.enter_context(torch.inference_mode(False))  # derivatives are needed
         stack.enter_context(preserved_params())
         stack.enter_context(detached())
-        stack.enter_context(preserved_random_state(torch.device("cpu")))
+        stack.enter_context(preserved_random_state())
         return stack
 
     @property
@@ -250,7 +251,7 @@ class Question:
     def values(self, at: Any) -> Tensor:
         """Macro values as a tensor of shape ``(n,)``, or ``(n, m)`` for vectors."""
         try:
-            tensor = torch.as_tensor(at, dtype=torch.float64)
+            tensor = torch.as_tensor(at, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise PyroMacroError(
                 f"{self.what}: at is {at!r}. Expected macro values, as numbers."
@@ -420,7 +421,7 @@ class Question:
         """An error if micro states have other macro values than were asked for."""
         law = over_grid(realized.law, realized.layout, self.cut.depth)
         with self.unseen(), torch.no_grad():
-            state = realized.push(law.sample())
+            state = realized.push(law.sample()).cpu()
         values = realized.layout.unstack(state)
         found = self.cut.cause.of(values, (len(state),), self.cut.depth)
         wanted = self.spread(at)

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from pyro_macro.errors import PyroMacroError, UnsupportedLaw
+from pyro_macro.grid import grid as grid_plate
 from pyro_macro.laws.cut import Cut, Model
 from pyro_macro.laws.quantity import Quantity
 from pyro_macro.program.inner import (
@@ -55,6 +56,7 @@ class Sampler:
         quantities: Sequence[Quantity],
         grid: int | None = None,
         count: int | None = None,
+        common: bool = False,
     ) -> list[Tensor]:
         """Draws from ``fn``, the program or an intervention on it.
 
@@ -63,15 +65,15 @@ class Sampler:
         :param grid: the length of a grid of macro values along the leftmost dimension;
             only of vectorized programs.
         :returns: for each quantity, shape ``(grid, count, size)``, without the first
-            where there is no grid.
+            where there is no grid; on the CPU, wherever the program is.
         """
         count = self.count if count is None else count
         lead = (count,) if grid is None else (grid, count)
         vectorized = self.is_vectorized(fn, grid)
         with self.unseen():
             if vectorized:
-                values = self.values(self.within(fn, lead))
-                return [q.of(values, lead, self.depth) for q in quantities]
+                values = self.values(self.within(fn, lead, common))
+                return [q.of(values, lead, self.depth).cpu() for q in quantities]
             return self._apart((fn for _ in range(count)), count, quantities)
 
     def _apart(
@@ -85,7 +87,7 @@ class Sampler:
         rows = []
         for fn in tqdm(fns, total=count, disable=quiet, desc="Drawing", leave=False):
             values = self.values(self.within(fn, ()))
-            rows.append([q.of(values) for q in quantities])
+            rows.append([q.of(values).cpu() for q in quantities])
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
     def under(
@@ -100,7 +102,8 @@ class Sampler:
         model, parts = self.model[0], []
         vectorized = self.is_vectorized(model, None)
         with self.unseen():
-            for values in states:
+            for given in states:
+                values = {n: self._near(n, v) for n, v in given.items()}
                 count = len(next(iter(values.values())))
                 if vectorized:
                     whole: Any = {
@@ -108,7 +111,7 @@ class Sampler:
                     }
                     fn = poutine.do(model, data=whole)
                     drawn = self.values(self.within(fn, (count,)))
-                    parts.append(quantity.of(drawn, (count,), self.depth))
+                    parts.append(quantity.of(drawn, (count,), self.depth).cpu())
                     continue
                 each: Iterable[Any] = (
                     poutine.do(model, data={name: v[i] for name, v in values.items()})
@@ -116,6 +119,10 @@ class Sampler:
                 )
                 parts += self._apart(each, count, [quantity])
         return torch.stack(parts)
+
+    def _near(self, name: str, value: Tensor) -> Tensor:
+        """On the device of its site."""
+        return value.to(self.cut.sites[name].value.device)
 
     def _widened(self, name: str, value: Tensor) -> Tensor:
         """With its draws left of all plates."""
@@ -132,9 +139,9 @@ class Sampler:
             raise self._refused(f"the noise of {cause.name!r}")
         with self.unseen():
             values = self.values(self.within(fn, (self.count,)))
-        micro = values[f"{cause.name}__micro"]
+        micro = values[f"{cause.name}__micro"].cpu()
         before = cause.layout.unstack(micro)
-        return before, {name: values[name] for name in cause.sites}
+        return before, {name: values[name].cpu() for name in cause.sites}
 
     def _refused(self, what: str) -> UnsupportedLaw:
         return UnsupportedLaw(
@@ -150,21 +157,23 @@ class Sampler:
         stack.enter_context(preserved_buffers())
         # Other numbers each time: a two-sample test needs independent samples
         seed = (1_000_003 * self.seed + 7919 * self._calls) % (1 << 62)
-        stack.enter_context(apart(seed, torch.device("cpu")))
+        stack.enter_context(apart(seed))
         self._calls += 1
         stack.enter_context(torch.no_grad())
         return stack
 
     def within(
-        self, fn: Callable[..., Any], lead: Sequence[int]
+        self, fn: Callable[..., Any], lead: Sequence[int], common: bool = False
     ) -> Callable[[], poutine.Trace]:
         args, kwargs = self.model[1:]
+        outermost = len(lead) - 1
 
         def run() -> poutine.Trace:
             with ExitStack() as stack:
                 for i, size in enumerate(reversed(lead)):
                     dim = -self.depth - 1 - i
-                    stack.enter_context(pyro.plate(f"_lead_{i}", size, dim=dim))
+                    plate = grid_plate if common and i == outermost else pyro.plate
+                    stack.enter_context(plate(f"_lead_{i}", size, dim=dim))
                 return poutine.trace(fn).get_trace(*args, **kwargs)
 
         return run

@@ -92,6 +92,16 @@ def common(values: Sequence[Tensor]) -> Tensor:
     return torch.empty((), dtype=dtype, device=values[0].device)
 
 
+def as_like(number: Any, like: Tensor) -> Tensor:
+    """Numbers in the dtype and on the device of ``like``, by no coarser one.
+
+    ``torch.as_tensor(0.1)`` rounds to the default dtype.
+    """
+    if isinstance(number, Tensor):
+        return number.to(like)
+    return torch.as_tensor(number, dtype=like.dtype, device=like.device)
+
+
 def _same(state: Tensor) -> Tensor:
     return state
 
@@ -234,7 +244,7 @@ class MicroState:
             raise PyroMacroError(
                 f"{self.what}: {role} is {number!r}. Expected a number or a tensor."
             )
-        tensor = torch.as_tensor(number).to(self.like)
+        tensor = as_like(number, self.like)
         # A tensor that other code traces must not be looked into
         if type(tensor) is Tensor and not torch.isfinite(tensor).all():
             raise PyroMacroError(
@@ -278,7 +288,7 @@ class MicroState:
         self, numbers: Any, subject: str, event_dim: int = 0
     ) -> tuple[Tensor, Tensor]:
         """The same, with its macro value as computed: that of the state, rounded."""
-        state, size = torch.as_tensor(numbers).to(self.like), self.layout.size
+        state, size = as_like(numbers, self.like), self.layout.size
         full = self.layout.full_size
         if state.dim() < 1 + event_dim or state.shape[-1] not in (size, full):
             on_ranks = f", or {full} for those of all ranks" if full != size else ""

@@ -128,12 +128,13 @@ class Inhibiting(Realization):
             base = LeverNormal(
                 law.loc, law.covariance, rows, values, pivots, levers=levers
             )
-        alpha = _stacked(effect.alpha[0], effect.cut, law.layout)
+        alpha = _stacked(effect.alpha[0], effect.cut, law.layout).to(law.loc.device)
         direction = lever_direction(rows, alpha, levers)
         centre = base._onto(base.loc)
         seen = effect.effect_given(values.to(effect.loc))
-        wanted = seen.mean[..., 0] - effect.noise_mean[0] - centre @ alpha
+        wanted = (seen.mean[..., 0] - effect.noise_mean[0]).to(alpha) - centre @ alpha
         variance = seen.variance[..., 0] - effect.noise_covariance[0, 0]
+        variance = variance.to(alpha)
         own = times(base, alpha) @ alpha
         micro = self._moved(
             state, effect, base, alpha, direction, (wanted, variance, own)
@@ -238,7 +239,7 @@ class Inhibiting(Realization):
                 )
             else:
                 found.append(lever)
-        return torch.tensor(sorted(set(found)))
+        return torch.tensor(sorted(set(found)), device=state.like.device)
 
     def _refuse_stuck(self, state: MicroState, rows: Tensor, levers: Tensor) -> None:
         if int(torch.linalg.matrix_rank(rows[:, levers])) < len(rows):
@@ -268,7 +269,7 @@ class Inhibiting(Realization):
             ) from error
         event_dim = state.macro.aggregation.event_dim
         batch = value.shape[: value.dim() - event_dim]
-        index = effect.find(value.reshape(-1, max(1, cut.cause.size)))
+        index = effect.find(value.reshape(-1, max(1, cut.cause.size)).cpu())
         if bool((index < 0).any()):
             raise Infeasible(
                 f"{state.what}: the macro value {value.tolist()} cannot be reached."
@@ -278,7 +279,7 @@ class Inhibiting(Realization):
         states = states.reshape(len(effect.states), -1)
         law = ListedLaw(
             states,
-            weights.reshape(*batch, -1),
+            weights.reshape(*batch, -1).to(states.device),
             state.like.dtype,
             "exact: finite, a linear program",
         )

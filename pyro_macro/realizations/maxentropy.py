@@ -85,8 +85,7 @@ class MaxEntropy(Realization):
         linear_coordinates(elements, rows, value.unsqueeze(-1), state.what)  # feasible?
         dtype = state.like.dtype
         if bool(((elements.low == 0) & elements.high.isinf() & (rows[0] > 0)).all()):
-            flat = torch.ones(state.layout.size, dtype=torch.float64)
-            one = torch.ones((), dtype=torch.float64)
+            flat, one = torch.ones_like(rows[0]), rows.new_ones(())
             law: Any = ScaledDirichlet(flat, one, rows[0], value.to(dtype))
             law.name = "uniform on the scaled simplex"
         else:

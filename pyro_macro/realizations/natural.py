@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_macro.laws.sampled.chains import Chains
 from pyro_macro.laws.sampled.flow import Flow
 from pyro_macro.macro import MacroVariable
+from pyro_macro.program.shapes import broadcast_shapes
 from pyro_macro.realizations.base import (
     Given,
     MicroState,
@@ -85,10 +86,13 @@ class Natural(Realization):
                 return super().joined([others[0], (macro, realization)])
         values = []
         for macro, realization in others:
-            value = torch.as_tensor(realization.value)  # type: ignore[attr-defined]
+            number = realization.value  # type: ignore[attr-defined]
+            value = number
+            if not isinstance(number, Tensor):
+                value = torch.as_tensor(number, dtype=torch.float64)
             value = value if value.is_floating_point() else value.float()
             values.append(value if macro.aggregation.event_dim else value.unsqueeze(-1))
-        batch = torch.broadcast_shapes(*(v.shape[:-1] for v in values))
+        batch = broadcast_shapes(*(v.shape[:-1] for v in values))
         whole = torch.cat([v.expand(batch + v.shape[-1:]) for v in values], -1)
         return Natural(whole, self.given, self.sampler)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_macro.errors import OffFibre
@@ -50,7 +51,7 @@ class Proportional(Realization):
                 total = state.total(natural).unsqueeze(-1)
             else:
                 total = natural @ rows.mT
-            if bool((total == 0).any()):
+            if is_validation_enabled() and bool((total == 0).any()):
                 raise OffFibre(
                     f"{state.what}: its natural value is zero in this run, which no "
                     "factor takes to another. Use Natural, Shift or Allocate."

@@ -31,7 +31,10 @@ Way = Callable[[MicroState, Tensor], "Realized | None"]
 
 
 def natural_law(
-    state: MicroState, value: Tensor, sampler: Chains | Flow, store: dict[str, Any]
+    state: MicroState,
+    value: Tensor,
+    sampler: Chains | Flow | None,
+    store: dict[str, Any],
 ) -> Realized:
     """The law of a micro state given its macro value, and how it is known.
 
@@ -66,8 +69,13 @@ def refuse_spread(state: MicroState) -> None:
 
 
 def _sampled(
-    state: MicroState, value: Tensor, sampler: Chains | Flow, store: dict[str, Any]
+    state: MicroState,
+    value: Tensor,
+    sampler: Chains | Flow | None,
+    store: dict[str, Any],
 ) -> Realized:
+    if sampler is None:
+        raise UnsupportedLaw(f"{state.what}: its natural law is not known exactly.")
     fibre = Fibre(state.layout, state.macro.aggregation, value, state.what)
     on_fibre = OnFibre(state.program, fibre, state.given)
     dtype = state.like.dtype

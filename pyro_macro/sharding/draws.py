@@ -116,9 +116,8 @@ def _of_parts(plain: Any, fn: Any, sample_shape: Size, method: str) -> Tensor:
         else [tensor] * len(shards.sizes)
         for tensor, depth in zip(found.tensors, found.event_dims, strict=True)
     ]
-    device = found.tensors[0].device
     draws, seeds = [], list(shards.seeds())
-    with preserved_random_state(device):
+    with preserved_random_state():
         for seed, size, *given in zip(seeds, shards.sizes, *pieces, strict=True):
             shape = list(batch)
             shape[dim] = size

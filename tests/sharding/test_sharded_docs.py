@@ -10,7 +10,7 @@ from launch import ROOT, launch
 
 def test_the_programs_of_the_page_run_on_two_ranks(tmp_path):
     page = (ROOT / "docs" / "distributed.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    blocks = re.findall(r"```py\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 3
     script = tmp_path / "page.py"
     script.write_text("".join(b for b in blocks if "# not run here" not in b))

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from pyro_macro.errors import Infeasible
 from pyro_macro.laws.base import ENUMERABLE, EnumerableLaw, MicroFibre, MicroLaw
 from pyro_macro.laws.finite.sums import states_on
+from pyro_macro.program.shapes import broadcast_shapes
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class GivenSum(MicroLaw):
         self.sum = value / scale[0] if self.is_count else value
         self.value = value
         self.dtype = value.dtype
-        shape = torch.broadcast_shapes(size.shape[:-1], value.shape)
+        shape = broadcast_shapes(size.shape[:-1], value.shape)
         super().__init__(shape, size.shape[-1:])
 
     @property
@@ -119,7 +120,7 @@ class GivenSum(MicroLaw):
         x = x if self.is_count else x * self.scale
         parts = self.density(self.size, x).sum(-1) + self._change
         result = parts - self.density(self.size.sum(-1), self.sum)
-        shape = torch.broadcast_shapes(result.shape, self.batch_shape)
+        shape = broadcast_shapes(result.shape, self.batch_shape)
         return result.to(value.dtype).expand(shape)
 
     @property
@@ -188,9 +189,10 @@ class CountsGivenSum(EnumerableLaw, GivenSum):
         total = int(self.sum.flatten()[0])
         if bool((self.sum != total).any()) or self.event_shape[0] > 64 or total > 1e4:
             return None
-        codes = torch.arange(total + 1).expand(self.event_shape[0], -1)
+        sums = torch.arange(total + 1, device=self.sum.device)
+        codes = sums.expand(self.event_shape[0], -1)
         codes = torch.where(codes <= self._limits.unsqueeze(-1), codes, -1)
-        allowed = torch.arange(total + 1) == total
+        allowed = sums == total
         return states_on(codes.to(torch.long), allowed, ENUMERABLE)
 
 

@@ -57,7 +57,7 @@ class Hypergeometric(CountsGivenSum):
             n = self.size.reshape(-1, self.event_shape[0], 1)
             parts = torch.where(x <= n, _log_choose(n, x.minimum(n)), NEVER)
             tree = SumTree(parts, int(self.sum.max()))
-            rows = self._rows(self.size.shape[:-1], shape)
+            rows = self._rows(self.size.shape[:-1], shape, self.size)
             sums = self.sum.expand(shape).flatten().to(torch.long)
             drawn = tree.split(rows, sums)
         return drawn.reshape(shape + self.event_shape).to(self.dtype)

@@ -139,7 +139,8 @@ class Ancestor:
 
     def at(self, configuration: Tensor) -> Tensor:
         """Its values in some configurations, shape ``(...,)`` + that of the site."""
-        places = self.first * len(self.values) ** torch.arange(self.shape.numel())
+        places = torch.arange(self.shape.numel(), device=configuration.device)
+        places = self.first * len(self.values) ** places
         digits = configuration.unsqueeze(-1) // places % len(self.values)
         return self.values[digits].reshape(configuration.shape + self.shape)
 
@@ -407,7 +408,7 @@ class Configurations:
         one = one.flatten(1, 3)
         missing = (1,) * (one.dim() - other.dim())
         other = other.reshape(other.shape[:1] + missing + other.shape[1:])
-        index = index.reshape((1,) + index.shape + (1,) * event)
+        index = index.reshape((1,) + index.shape + (1,) * event).to(one.device)
         shape = torch.broadcast_shapes(one[:, :1].shape, other.shape, index.shape)
         one = one.expand(one.shape[:2] + shape[2:]).gather(1, index.expand(shape))
         return torch.allclose(one, other.expand(shape), rtol=1e-4, atol=1e-5)

@@ -73,7 +73,7 @@ class FiniteEffect:
         self.before = weights[BEFORE][:, 0, 0].expand(size[0])  # log P(u)
         self.state = weights[STATE][..., 0].expand(size[:2])  # log P(x | u)
         named = self.micro_values()
-        flat = [named[n].reshape(size[1], -1) for n in self.cause.sites]
+        flat = [named[n].reshape(size[1], -1).cpu() for n in self.cause.sites]
         self.states = torch.cat(flat, -1).double()
         self.causes, self.cause_of = distinct(cause[0, :, 0])
         self.effects, index = distinct(effect.flatten(0, 2))
@@ -241,7 +241,8 @@ class FiniteEffect:
             inside = law.support.check(vectors)
             safe = torch.where(inside.unsqueeze(-1), vectors, law.sample())
             log_probs = torch.where(inside, law.log_prob(safe).double(), NEVER)
-        log_probs = log_probs.clamp(min=NEVER).reshape(len(self.states), n, -1).sum(-1)
+        log_probs = log_probs.clamp(min=NEVER).reshape(len(self.states), n, -1)
+        log_probs = log_probs.sum(-1).cpu()
         weights = log_probs.exp().mT
         if not torch.allclose(weights.sum(-1), weights.new_ones(n), atol=1e-6):
             return None

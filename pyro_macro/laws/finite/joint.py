@@ -56,7 +56,7 @@ class JointValues:
     :ivar counts: how many joint values each block has.
     :ivar weights: their log probabilities by block, ``(U, X, D)``, with ones where
         they do not vary.
-    :ivar quantities: the same with ``(size,)`` behind.
+    :ivar quantities: the same with ``(size,)`` behind. All of these are on the CPU.
     """
 
     def __init__(self, cut: Cut, quantities: Sequence[Quantity]) -> None:
@@ -107,7 +107,7 @@ class JointValues:
             run = self._run(values)
             found = {n: s.value for n, s in run.sites.items()} | values
             self.weights = {b: self._weight(b, run, values) for b in BLOCKS}
-            self.quantities = [self._of(q, found) for q in self._asked]
+            self.quantities = [self._of(q, found).cpu() for q in self._asked]
         except Exception:  # whatever it is, a single run will tell
             return False
         if run.tracker.escaped or run.tracker.whole:
@@ -142,7 +142,7 @@ class JointValues:
         except Exception as error:
             raise TooMany(f"the program fails under {values} ({error})") from error
         found = {n: s.value for n, s in run.sites.items()} | values
-        return weights, [q.of(found) for q in self._asked]
+        return weights, [q.of(found).cpu() for q in self._asked]
 
     def _one_by_one(self) -> None:
         size = self.size
@@ -188,7 +188,7 @@ class JointValues:
             lead = (1,) * (3 + self.depth - table.dim()) + table.shape
             table = table.reshape(lead)
             whole = lead[: 3 + self.depth - len(plates)] + tuple(plates)
-            total = total + table.expand(whole).reshape(*whole[:3], -1).sum(-1)
+            total = total + table.expand(whole).reshape(*whole[:3], -1).sum(-1).cpu()
         return total.clamp(min=NEVER)
 
     def _of(self, quantity: Quantity, found: Values) -> Tensor:

@@ -97,7 +97,7 @@ def codes_of(sums: Sequence[AsSum]) -> Codes:
         first = torch.ceil((condition.low - start) / step - 1e-6)
         last = torch.floor((condition.high - start) / step + 1e-6)
         longest = int(own.amax(-1).sum(-1).max())
-        index = torch.arange(longest + 1)
+        index = torch.arange(longest + 1, device=terms.device)
         met = (index >= first.unsqueeze(-1)) & (index <= last.unsqueeze(-1))
         own = own * size
         if codes is None or allowed is None:

@@ -139,7 +139,7 @@ class FiniteLaw(EnumerableLaw):
     def sample(self, sample_shape: Any = Size()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
         with torch.no_grad():
-            rows = self._rows(self.tables.batch, shape)
+            rows = self._rows(self.tables.batch, shape, self.tables.parts)
             step = max(1, (1 << 23) // self.tables.parts[0, 0, :, 0, :, 0].numel())
             vector = torch.cat([self._draw(b) for b in rows.split(step)])
         return vector.reshape(shape + self.event_shape)
@@ -189,8 +189,8 @@ class FiniteLaw(EnumerableLaw):
         )
         if (one_hot > 0.5).any():  # the logarithm of two values or more
             return None
-        index = torch.arange(codes.shape[-1]).expand(codes.shape)
-        inverse = torch.zeros(codes.shape[:-1] + (size + 1,), dtype=torch.long)
+        index = torch.arange(codes.shape[-1], device=codes.device).expand(codes.shape)
+        inverse = codes.new_zeros(codes.shape[:-1] + (size + 1,))
         inverse.scatter_(-1, torch.where(codes < 0, size, codes), index)
         return inverse[..., :size]
 
@@ -224,7 +224,7 @@ class FiniteLaw(EnumerableLaw):
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
         value = value.expand(shape + self.event_shape)
-        b = self._rows(self.tables.batch, shape)
+        b = self._rows(self.tables.batch, shape, value)
         joint = self._log_joint(b, value.reshape(-1, self.event_shape[0]))
         result = joint - self._log_total[b]
         result = torch.where(joint > NEVER / 2, result, -torch.inf)
@@ -259,7 +259,7 @@ class FiniteLaw(EnumerableLaw):
             return None
         n_bs, n_o, n_e, _ = t.places.shape
         own, allowed = t.codes[0].flatten(1, 2), t.allowed[0]
-        states = torch.zeros(1, 0, dtype=torch.long)
+        states = own.new_zeros(1, 0)
         for slot in range(n_bs):  # few: the states of their product are few
             more = states_on(own[slot], allowed[slot], ENUMERABLE)
             if more is None or len(states) * len(more) > ENUMERABLE:

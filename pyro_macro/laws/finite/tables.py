@@ -256,18 +256,20 @@ class _Reader:
             element = torch.arange(layout.size).unsqueeze(0)
         finer, slots = layout.places(self.whole)
         place = (slots * layout.size + finer).argsort().reshape(-1, layout.size)
-        return element, place[:, element]
+        device = self.values.device
+        return element.to(device), place[:, element].to(device)
 
     def _is_padding(self) -> Tensor:
         """Where values are repeated, for elements with fewer of them: ``(K, V)``."""
         layout, widest = self.layout, self.values.shape[-1]
+        device = self.values.device
         count = torch.cat(
             [
-                torch.full((size,), len(self.supports[name]))
+                torch.full((size,), len(self.supports[name]), device=device)
                 for name, size in zip(layout.names, layout.sizes, strict=True)
             ]
         )
-        return torch.arange(widest) >= count.unsqueeze(-1)
+        return torch.arange(widest, device=device) >= count.unsqueeze(-1)
 
     @cached_property
     def _value(self) -> Tensor:
@@ -345,7 +347,7 @@ class _Reader:
             )
         index = torch.cartesian_prod(*choices).reshape(-1, len(choices))
         states = self.values.gather(-1, index.mT).mT  # (states, K)
-        element = torch.arange(len(choices))
+        element = torch.arange(len(choices), device=index.device)
         joint = parts[..., element, index].sum(-1).unsqueeze(-2)
         macro, value = self.fibre.aggregation(states), self._value
         fns = (self.upstream.sites[name].fn for name in self.layout.names)
@@ -359,7 +361,8 @@ class _Reader:
         met = torch.isclose(macro.double(), value.unsqueeze(2), rtol=1e-6, atol=1e-9)
         met = met.all(-1) if self._event_dim else met  # (B, Bs, states)
         codes = torch.where(met, 1, -1)
-        allowed = torch.tensor([False, True]).expand(met.shape[:2] + (2,))
+        allowed = torch.arange(2, device=met.device).bool()
+        allowed = allowed.expand(met.shape[:2] + (2,))
         places = places.flatten(1)[:, None, None]
         return joint, states[None, None], places, Codes(codes, allowed)
 
@@ -371,7 +374,7 @@ class _Reader:
         b = self.batch.numel()
         n_bs = Size(f.size for f in read.joint).numel()
         n_o = Size(f.size for f in over).numel()
-        zero = torch.zeros((), dtype=torch.float64)
+        zero = self.values.new_zeros(())
         together, slots = zero.expand(b, g), zero.expand(b, g, n_bs, s)
         groups = zero.expand(b, g, n_bs, s, n_o, c)
         if self.uniform:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
+from pyro_macro.program.shapes import broadcast_shapes
+
 
 class Covariance(ABC):
     """A positive definite matrix of size ``K``, possibly batched.
@@ -142,7 +144,7 @@ class Dense(Covariance):
         return self.cholesky @ (self.cholesky.mT @ matrix)
 
     def solve(self, matrix: Tensor) -> Tensor:
-        batch = torch.broadcast_shapes(self.cholesky.shape[:-2], matrix.shape[:-2])
+        batch = broadcast_shapes(self.cholesky.shape[:-2], matrix.shape[:-2])
         factor = self.cholesky.expand(batch + self.cholesky.shape[-2:])
         return torch.cholesky_solve(matrix.expand(batch + matrix.shape[-2:]), factor)
 
@@ -326,9 +328,11 @@ def add_product(
     :param own: whether ``start`` is nobody else's, and may be overwritten.
     """
     own = own and may_overwrite(start, matrix, vector)
+    if matrix.shape[-1] == 1 and start.shape[:-1] != vector.shape[:-1]:
+        return torch.addcmul(start, vector, matrix.mT.squeeze(-2))
     if matrix.dim() > 2 or start.dim() < 2 or start.shape[:-1] != vector.shape[:-1]:
         product = matvec(matrix, vector)
-        fits = own and start.shape == torch.broadcast_shapes(start.shape, product.shape)
+        fits = own and start.shape == broadcast_shapes(start.shape, product.shape)
         return start.add_(product) if fits else start + product
     flat, columns = start.flatten(0, -2), vector.flatten(0, -2)
     add = flat.addmm_ if own and start.is_contiguous() else flat.addmm

@@ -30,7 +30,8 @@ from pyro_macro.program.noise import Key, Noise, NoiseRun, NoiseView, noise_form
 class AffineEffect:
     """``Yb = alpha.X + N``, equation (7), with all joint moments.
 
-    Quantities are vectors: of length ``b`` for the cause, ``e`` for the effect.
+    Quantities are vectors: of length ``b`` for the cause, ``e`` for the effect. They
+    are in float64 on the CPU, wherever the program is.
 
     :param cut: the program; its group of quantities ``"effect"`` is the effect.
     :param differentiable: whether gradients are to flow to the program's parameters.
@@ -104,12 +105,14 @@ class AffineEffect:
             self.loadings.append(self._plain(loading))
             self.own.append(own)
             self._coefficients.append(own + through)
-            means.append(self._plain(row))
+            # The micro state that was set is a leaf; derivatives go on behind it
+            onward = self.loadings[-1] @ (self.loc - self.loc.detach())
+            means.append(self._plain(row) + onward)
         self._means = means
         self._check(state, rows[1:])
 
     def _plain(self, tensor: Tensor) -> Tensor:
-        return (tensor if self._differentiable else tensor.detach()).double()
+        return (tensor if self._differentiable else tensor.detach()).cpu().double()
 
     def _matrix(self, view: NoiseView) -> Tensor:
         rows = len(view.output)
@@ -117,7 +120,7 @@ class AffineEffect:
 
     def _flat(self, gradients: Mapping[Key, Tensor], rows: int) -> Tensor:
         parts = [
-            gradients[n.key].reshape(rows, -1).double()
+            gradients[n.key].reshape(rows, -1).cpu().double()
             if n.key in gradients
             else torch.zeros(rows, n.leaf.numel(), dtype=torch.float64)
             for n in self._noises
@@ -134,18 +137,19 @@ class AffineEffect:
         for probe in self.cut.probes:
             if any(n.key not in probe.drawn for n in self._noises):
                 self._refuse_bent("the sites that are met")
-            noise = [probe.drawn[n.key].reshape(-1).double() for n in self._noises]
+            noise = [_flat(probe.drawn[n.key]) for n in self._noises]
             drawn = torch.cat([*noise, torch.zeros(0, dtype=torch.float64)])
             known = {n.key: probe.drawn[n.key].unsqueeze(0) for n in self._state.noises}
             found = torch.cat([probe.expressions[n].reshape(-1) for n in names])
             if not agree(state, [self._state.forward(known)[0]], found, eps):
                 self._refuse_bent("the micro state")
             moves = [probe.leaves[n] - zero.leaves[n] for n in names]
-            moved = torch.cat([move.reshape(-1).double() for move in moves])
+            moved = torch.cat([_flat(move) for move in moves])
             values = {n: s.value for n, s in probe.sites.items()}
             for i, quantity in enumerate(self._quantities()):
                 parts = [self.own[i] @ drawn, self.loadings[i] @ moved]
-                if not agree(rows[i].double(), parts, quantity.of(values), eps):
+                start, found = _flat(rows[i]), _flat(quantity.of(values))
+                if not agree(start, parts, found, eps):
                     self._refuse_bent(quantity.what)
 
     def _refuse_bent(self, what: str) -> None:
@@ -269,17 +273,17 @@ class AffineEffect:
         with torch.enable_grad():
             shared = own = None
             if form.shape is not None:
-                shared = torch.zeros(form.shape, dtype=form.like.dtype)
+                shared = form.like.new_zeros(form.shape)
                 shared.requires_grad_()
             state = form.affine(shared)
             if form.scale is not None:
-                own = torch.zeros(form.scale.shape, dtype=form.scale.dtype)
+                own = torch.zeros_like(form.scale)
                 own.requires_grad_()
                 state = state + form.scale * own
             values = layout.unstack(push(state))
             n = len(state)
             parts = [values[name].reshape(n, -1) for name in self.cause.sites]
-            through = torch.cat(parts, -1).double() @ self.alpha.mT  # (n, e)
+            through = torch.cat(parts, -1).cpu().double() @ self.alpha.mT  # (n, e)
             leaves = [leaf for leaf in (shared, own) if leaf is not None]
             covariance = self.noise_covariance.expand(n, -1, -1)
             if leaves and through.requires_grad:
@@ -288,10 +292,15 @@ class AffineEffect:
                 gradients = torch.autograd.grad(
                     through, leaves, which, is_grads_batched=True
                 )
-                rows = torch.cat([g.reshape(e, n, -1).double() for g in gradients], -1)
+                flat = [g.reshape(e, n, -1).cpu().double() for g in gradients]
+                rows = torch.cat(flat, -1)
                 rows = rows.transpose(0, 1)  # (n, e, noises)
                 covariance = covariance + rows @ rows.mT
         return Moments((through + self.noise_mean).detach(), covariance.detach())
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1).cpu().double()
 
 
 def _identity(row: Tensor) -> Tensor:

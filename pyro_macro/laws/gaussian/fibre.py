@@ -22,6 +22,7 @@ from pyro_macro.laws.gaussian.covariance import (
     may_overwrite,
 )
 from pyro_macro.program.noise import NoiseForm, noise_form
+from pyro_macro.program.shapes import broadcast_shapes
 
 
 class Fibre(constraints.Constraint):
@@ -90,7 +91,7 @@ class FibreTransform(Transform):
         if self._spread is not None:
             x = self._centre + self._spread * x
         solved = (self.fibre.value - x @ self._others.mT) @ self._solve.mT
-        batch = torch.broadcast_shapes(x.shape[:-1], solved.shape[:-1])
+        batch = broadcast_shapes(x.shape[:-1], solved.shape[:-1])
         parts = [part.expand(batch + part.shape[-1:]) for part in (x, solved)]
         return torch.cat(parts, -1)[..., self._order]
 
@@ -101,7 +102,7 @@ class FibreTransform(Transform):
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         if self._spread is None:
             return torch.zeros(x.shape[:-1], dtype=x.dtype, device=x.device)
-        shape = torch.broadcast_shapes(x.shape, self._spread.shape)
+        shape = broadcast_shapes(x.shape, self._spread.shape)
         return self._spread.expand(shape).log().sum(-1)
 
     def forward_shape(self, shape: Size) -> Size:
@@ -168,7 +169,7 @@ class FibreDistribution(MicroLaw):
         self.loc, self.covariance = loc, covariance
         self.rows, self.value = rows, value
         self.pivots = choose_pivots(rows) if pivots is None else pivots
-        batch_shape = torch.broadcast_shapes(loc.shape[:-1], value.shape[:-1])
+        batch_shape = broadcast_shapes(loc.shape[:-1], value.shape[:-1])
         self._finer: FibreDistribution | None = None  # in a finer dtype
         super().__init__(batch_shape, loc.shape[-1:])
 
@@ -221,7 +222,7 @@ class FibreDistribution(MicroLaw):
             self._validate_sample(value)
         exact = self._exact
         result = exact._log_density(value.to(exact.loc.dtype)).to(value.dtype)
-        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
+        return result.expand(broadcast_shapes(result.shape, self.batch_shape))
 
     @property
     def mean(self) -> Tensor:  # type: ignore[override]
@@ -259,7 +260,7 @@ def _fibre_noise(fn: FibreDistribution) -> NoiseForm | None:
 
     def affine(noise: Tensor | None) -> Tensor:
         assert noise is not None
-        return fn._onto(fn.loc + fn.covariance.colour(noise))
+        return fn._onto(fn.loc + fn.covariance.colour(noise), own=True)
 
     shape = fn.batch_shape + Size([fn.covariance.noise_size])
     return NoiseForm(affine, like=fn.loc, shape=shape)
@@ -306,7 +307,7 @@ class NaturalNormal(FibreDistribution):
     def log_total(self) -> Tensor:
         exact: Any = self._exact
         total = log_normal(exact.total, exact._miss(exact.loc))
-        return total.expand(torch.broadcast_shapes(total.shape, self.batch_shape))
+        return total.expand(broadcast_shapes(total.shape, self.batch_shape))
 
     def _variance(self) -> Tensor:
         explained = (self.gain @ self.total.cholesky).square().sum(-1)

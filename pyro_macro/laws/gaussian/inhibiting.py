@@ -27,7 +27,7 @@ class LeverNormal(NaturalNormal):
     def __init__(self, *args: Any, levers: Tensor, **kwargs: Any) -> None:
         FibreDistribution.__init__(self, *args, **kwargs)
         columns = torch.zeros(self.rows.shape[1], len(levers)).to(self.rows)
-        columns[levers, torch.arange(len(levers))] = 1.0
+        columns[levers, torch.arange(len(levers), device=levers.device)] = 1.0
         self._precision = self.covariance.solve(columns)  # (..., K, l)
         within = torch.linalg.inv(self._precision[..., levers, :])  # Cov(levers | rest)
         self._moved = self.rows[:, levers] @ within  # (..., m, l)
@@ -158,7 +158,9 @@ def lever_direction(rows: Tensor, alpha: Tensor, levers: Tensor | None) -> Tenso
     :param levers: shape ``(l,)``; all elements by default.
     :returns: shape ``(K,)``; zero where there is no such move.
     """
-    index = torch.arange(len(alpha)) if levers is None else levers
+    index = levers
+    if index is None:
+        index = torch.arange(len(alpha), device=alpha.device)
     some, within = alpha[index], rows[:, index]
     solved = torch.linalg.pinv(within @ within.mT, hermitian=True) @ (within @ some)
     found = some - within.mT @ solved

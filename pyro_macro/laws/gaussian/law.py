@@ -334,7 +334,7 @@ class GaussianProgram(Upstream):
         factor = torch.linalg.solve_triangular(cholesky, crossed.mT, upper=False).mT
         try:
             return loc, Explained(covariance, factor)
-        except torch.linalg.LinAlgError:
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
             raise UnsupportedLaw(
                 f"{what}: what is given ({[e.name for e in evidence]}) leaves no "
                 "freedom in some direction of the micro state."

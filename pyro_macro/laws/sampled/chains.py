@@ -29,7 +29,12 @@ from pyro_macro.laws.finite.configurations import finite_values
 from pyro_macro.laws.finite.tables import Fibre
 from pyro_macro.laws.sampled.coordinates import linear_coordinates, smooth_coordinates
 from pyro_macro.laws.upstream import Evidence, Upstream
-from pyro_macro.program.inner import Site, ValuedRun, unwrapped
+from pyro_macro.program.inner import (
+    Site,
+    ValuedRun,
+    preserved_random_state,
+    unwrapped,
+)
 from pyro_macro.program.substitution import Substituted, apart
 from pyro_macro.program.tracking import tensors_in
 
@@ -104,10 +109,11 @@ class SampledLaw(MicroLaw):
         own = Size([1] * (len(shape) - len(self._own))) + self._own
         # Slots of one draw belong together; others are draws of their own
         apart_shape = Size(n if m == 1 else 1 for n, m in zip(shape, own, strict=True))
-        which = torch.randint(len(self.draws), apart_shape)
+        device = self.draws.device
+        which = torch.randint(len(self.draws), apart_shape, device=device)
         which = which.expand(shape).flatten()
         stored = self.draws.reshape(len(self.draws), -1, *self.event_shape)
-        drawn = stored[which, self._rows(self._own, shape)]
+        drawn = stored[which, self._rows(self._own, shape, which)]
         return drawn.reshape(shape + self.event_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -123,7 +129,7 @@ class _ReferenceRun(ValuedRun):
     """The same draws in every run of the same program."""
 
     def otherwise(self, site: Site) -> Tensor:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with preserved_random_state(), torch.no_grad():
             torch.manual_seed(len(self.sites))
             return site.fn.sample()
 
@@ -234,7 +240,7 @@ class OnFibre:
     def refuse_chance(self) -> None:
         """An error if the program draws numbers that Pyro does not see."""
         before = self.identity()
-        with torch.random.fork_rng(devices=[]):
+        with preserved_random_state():
             torch.manual_seed(1)
             after = self.identity(reference=_reference(self.upstream))
         if before != after:
@@ -266,6 +272,7 @@ class OnFibre:
         generator = torch.Generator().manual_seed(0)
         shape = (64, *elements.centre.shape)
         noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = noise.to(elements.centre.device)
         states = elements.centre + elements.spread * noise
         low, high = elements.low, elements.high
         states = torch.where(
@@ -290,7 +297,7 @@ class OnFibre:
         """A Pyro model of the free coordinates, and of all latent ancestors."""
         shape, layout = self.shape(transform), self.fibre.layout
         # Flat: what its draws are only matters for where chains start
-        start = torch.zeros(shape, dtype=torch.float64)
+        start = self.fibre.value.new_zeros(shape, dtype=torch.float64)
         free = dist.Normal(start, 0.5).to_event(len(shape)).mask(False)
         dtypes = {n: self.reference[n].value.dtype for n in layout.names}
 
@@ -347,9 +354,8 @@ def sampled_law(on_fibre: OnFibre, chains: Chains, dtype: torch.dtype) -> Sample
     :raises UnsupportedLaw: if the fibre has no coordinates.
     """
     what = on_fibre.fibre.what
-    device = on_fibre.fibre.value.device
     draws, diverged = [], 0
-    with apart(torch.initial_seed() % (1 << 62), device):
+    with apart(torch.initial_seed() % (1 << 62)):
         on_fibre.refuse_chance()
         transform = on_fibre.coordinates()
         model = on_fibre.model(transform)

@@ -9,6 +9,7 @@ are with respect to the elements but the ones that are solved for.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -103,7 +104,8 @@ class PivotTransform(_FibreTransform):
         log_slope: Callable[[Tensor], Tensor],
     ) -> None:
         super().__init__()
-        keep = torch.ones(elements.low.shape[-1], dtype=torch.bool)
+        size, device = elements.low.shape[-1], elements.low.device
+        keep = torch.ones(size, dtype=torch.bool, device=device)
         keep[pivots] = False
         self.free = keep.nonzero().squeeze(-1)
         self.order = torch.cat([self.free, pivots]).argsort()
@@ -168,7 +170,7 @@ class IntervalTransform(_FibreTransform):
         return low, high
 
     def _shift(self, k: int) -> float:
-        return -torch.tensor(float(self.weights.shape[-1] - 1 - k)).log().item()
+        return -math.log(self.weights.shape[-1] - 1 - k)
 
     def _walk(
         self, terms: Tensor | None, z: Tensor | None
@@ -361,4 +363,6 @@ def smooth_coordinates(
         wrong = (result > 0) != rising
         return torch.where(miss | wrong, torch.inf, result.abs().log())
 
-    return PivotTransform(elements, torch.tensor([pivot]), solve, log_slope)
+    return PivotTransform(
+        elements, torch.tensor([pivot], device=value.device), solve, log_slope
+    )

@@ -80,7 +80,11 @@ class FlowLaw(MicroLaw):
 
     def rsample(self, sample_shape: Any = Size()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
-        noise = torch.randn(shape + Size([self.fitted.free]), dtype=torch.float64)
+        noise = torch.randn(
+            shape + Size([self.fitted.free]),
+            dtype=torch.float64,
+            device=self._fibre.value.device,
+        )
         coordinates: Any = self._fibre.coordinates
         z = self.fitted.forward(noise, self._fibre.value.double().expand(shape))
         return coordinates(z).to(self.dtype)
@@ -123,7 +127,8 @@ class FittedFlow:
                         dim, 1, [32, 32], count_bins=8, bound=4.0
                     )
                 )
-                layers.append(transforms.permute(dim, torch.randperm(dim)))
+                order = torch.randperm(dim).to(z.device)
+                layers.append(transforms.permute(dim, order))
             else:
                 layers.append(
                     transforms.conditional_spline(
@@ -131,7 +136,7 @@ class FittedFlow:
                     )
                 )
         self.layers = layers
-        train = torch.arange(len(z)) % 5 != 0
+        train = torch.arange(len(z), device=z.device) % 5 != 0
         self._fit(z[train], value[train], what)
         with torch.no_grad():
             noise = self._backward(z[~train], value[~train])[0]
@@ -153,13 +158,13 @@ class FittedFlow:
         modules = [m for m in self.layers if isinstance(m, torch.nn.Module)]
         parameters = [p for m in modules for p in m.parameters()]
         for module in modules:
-            module.double()
+            module.to(device=z.device, dtype=torch.float64)
         steps = self.options.steps
         optimizer = torch.optim.Adam(parameters, lr=5e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         bar = trange(steps, desc=f"flow for {what}", disable=not self.options.progress)
         for _ in bar:
-            batch = torch.randint(len(z), (512,))
+            batch = torch.randint(len(z), (512,), device=z.device)
             loss = -self.log_prob(z[batch], value[batch]).mean()
             optimizer.zero_grad()
             loss.backward()
@@ -202,7 +207,7 @@ class FittedFlow:
 
 def _distance(noise: Tensor) -> float:
     """The largest Kolmogorov-Smirnov distance from the normal, over directions."""
-    dim = noise.shape[-1]
+    dim, noise = noise.shape[-1], noise.cpu()
     directions = torch.randn(50, dim, dtype=noise.dtype)
     directions = directions / directions.norm(dim=-1, keepdim=True)
     directions = torch.cat([torch.eye(dim, dtype=noise.dtype), directions])
@@ -220,7 +225,7 @@ def fitted_flow(on_fibre: OnFibre, options: Flow) -> FittedFlow:
     :raises UnsupportedLaw: if plates stay, or too few draws lie in the range.
     """
     fibre = on_fibre.fibre
-    what, device = fibre.what, fibre.value.device
+    what = fibre.what
     outside = any(s.outside for s in on_fibre.upstream.shared.values())
     if fibre.layout.batch or outside or on_fibre.known:
         raise UnsupportedLaw(
@@ -228,7 +233,7 @@ def fitted_flow(on_fibre: OnFibre, options: Flow) -> FittedFlow:
             "plates stay around it, or sites are held that tell of its ancestors. Use "
             "Natural(value, sampler=Chains(...))."
         )
-    with apart(torch.initial_seed() % (1 << 62), device):
+    with apart(torch.initial_seed() % (1 << 62)):
         on_fibre.refuse_chance()
         state = _draws(on_fibre, options)
         total = fibre.aggregation(state)

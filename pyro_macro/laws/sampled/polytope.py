@@ -13,7 +13,8 @@ from torch import Size, Tensor
 from torch.distributions import constraints
 
 from pyro_macro.laws.base import MicroFibre, MicroLaw
-from pyro_macro.laws.sampled.coordinates import Elements, IntervalTransform
+from pyro_macro.laws.elements import Elements
+from pyro_macro.laws.sampled.coordinates import IntervalTransform
 
 
 class UniformOnPolytope(MicroLaw):
@@ -74,7 +75,7 @@ class UniformOnPolytope(MicroLaw):
             share = (self._left / width.sum(-1)).unsqueeze(-1)
             now = (width * share).expand(shape)
             for _ in range(self.steps):
-                step = torch.randn(shape, dtype=width.dtype) * width
+                step = torch.randn_like(now) * width
                 # Within the hyperplane; wide elements take up what is left
                 step = step - width * (
                     step.sum(-1, keepdim=True) / width.sum(-1, keepdim=True)
@@ -137,7 +138,7 @@ def log_sum_density(at: Tensor, width: Tensor) -> Tensor:
 def _by_corners(at: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
     """Inclusion and exclusion over the corners of the box, and its rounding."""
     count = width.shape[-1]
-    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * count)
+    corners = torch.cartesian_prod(*[torch.arange(2.0)] * count)
     corners = corners.reshape(-1, count).to(width)
     sign = 1 - 2 * (corners.sum(-1) % 2)
     beyond = (at.unsqueeze(-1) - width @ corners.mT).clamp(min=0)
