@@ -183,9 +183,8 @@ def _finite(asked: Asked, noise: str, trouble: str) -> CounterfactualReport:
             "known. Expected one intervention, or realizations that replace the micro "
             "state."
         )
-    twin = FiniteTwin(
-        unit, asked.relevant, asked.kept, asked.coupled, asked.effects, noise
-    )
+    known = asked.relevant, asked.kept
+    twin = FiniteTwin(unit, *known, asked.coupled, asked.natural, asked.effects, noise)
     parts, values = [twin.as_it_was()], asked.done.values
     with torch.no_grad():
         for value in [None] if values is None else values.split(1):
