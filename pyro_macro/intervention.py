@@ -282,7 +282,25 @@ class Ahead:
         run.run(*self.run)
         self.shared = run.shared
         self.changed, self.sites, self.params = run.changed, run.sites, run.params
+        for macro, realization in self.interventions.items():
+            if realization.acts_on_natural:
+                self._refuse_natural(macro, realization)
         return run.sites
+
+    def _refuse_natural(self, macro: MacroVariable, realization: Realization) -> None:
+        """An error if natural values are not known before others are set."""
+        for name in macro.micro:
+            site = self.sites.get(name)
+            others = self.changed - set(macro.micro)  # paths inside are refused later
+            above = site.parents & others if site is not None else ()
+            if above:
+                kind = type(realization).__name__
+                raise PyroMacroError(
+                    f"macro-variable {macro.name!r}: {kind} acts on natural values, "
+                    f"and micro site {name!r} depends on {sorted(above)}, which "
+                    "another intervention of the same macro_do changes. Nest two: "
+                    f"macro_do(macro_do(model, {{{macro.name}: {kind}(...)}}), others)."
+                )
 
     def _given(
         self, macro: MacroVariable, realization: Realization

@@ -550,3 +550,22 @@ def test_other_linear_maps(aggregation, total):
         )
         x = torch.stack([nodes["x1"]["value"], nodes["x2"]["value"]])
         torch.testing.assert_close(total(x), torch.tensor(7.0))
+
+
+def test_natural_values_behind_what_is_set_are_refused():
+    """They would be those of a world in which nothing was set."""
+
+    def chain():
+        a1 = pyro.sample("a1", dist.Normal(1.0, 0.1))
+        a2 = pyro.sample("a2", dist.Normal(1.0, 0.1))
+        pyro.sample("b1", dist.Normal(a1, 0.1))
+        pyro.sample("b2", dist.Normal(a2, 0.1))
+
+    a, b = pm.MacroVariable("a", ["a1", "a2"]), pm.MacroVariable("b", ["b1", "b2"])
+    set_a = pm.Allocate(100.0, [0.5, 0.5])
+    for moved in (pm.Shift(1.0, [0.5, 0.5]), pm.Proportional(3.0)):
+        with pytest.raises(pm.PyroMacroError, match=r"b1.*a1.*Nest two"):
+            pm.macro_do(chain, {a: set_a, b: moved})()
+    nested = pm.macro_do(pm.macro_do(chain, {b: pm.Shift(1.0, [0.5, 0.5])}), {a: set_a})
+    value = pyro.poutine.trace(nested).get_trace().nodes["b1"]["value"]
+    assert abs(value - 50.5) < 1.0

@@ -65,7 +65,7 @@ def finite():
         (pm.Count(1), 1.0),
         (pm.Custom(lambda x: x.prod(-1)), 0.0),
     ],
-    ids=repr,
+    ids=lambda thing: type(thing).__name__,
 )
 def test_all_micro_states_of_a_finite_fibre_are_equally_likely(aggregation, value):
     """The pseudo-inverse of Zennaro et al.: one over the size of the fibre."""
