@@ -71,6 +71,7 @@ dist: $(READY) $(DIST)/.installed
 
 bench: $(BENCH)/.installed
 	for script in $(SCRIPTS); do $(BENCH)/bin/python benchmarks/$$script.py || exit 1; done
+	$(BENCH)/bin/torchrun --standalone --nproc_per_node=4 benchmarks/sharded.py
 	$(BENCH)/bin/python benchmarks/report.py
 
 clean:

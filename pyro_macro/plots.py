@@ -284,7 +284,7 @@ def plot_counterfactual(report: CounterfactualReport, ax: Any = None) -> Any:
         ax.set_xlabel(report.effect)
         ax.set_ylabel("density" if report.outcomes is None else "probability")
         ax.set_ylim(0, 1.25 * ax.get_ylim()[1])  # room for the legend
-        ax.set_title(f"{cause}: {report.realization} at {at[0]:g}")
+        ax.set_title(f"{cause}: {report.realization}, {at[0]:g}")
     ax.legend(frameon=False)
     return finished(ax)
 

@@ -180,8 +180,7 @@ class OtherWorld(NoiseRun):
 
     :param micro: the micro sites of the intervention.
     :ivar changed: the sites that it acts on.
-    :ivar natural: micro sites whose natural values matter, as they are not known.
-    :ivar moved: those that another intervention acts on.
+    :ivar moved: micro sites that are moved from where another intervention takes them.
     """
 
     def __init__(
@@ -194,7 +193,7 @@ class OtherWorld(NoiseRun):
     ) -> None:
         super().__init__(until, dict(unit.shared), {}, (), probe, before)
         self.unit, self.set_to = unit, frozenset(micro)
-        self.changed, self.natural, self.moved = set(micro), set[str](), set[str]()
+        self.changed, self.moved = set(micro), set[str]()
         # Whether a value carries noise; where it is not said, if its parents do
         self._noisy_values: dict[str, bool] = {}
 
@@ -212,7 +211,6 @@ class OtherWorld(NoiseRun):
         parts = {name: site}
         if isinstance(law, StackedSites) and name not in unit.sites:
             parts = {n: replace(site, name=n, fn=fn) for n, fn in law.parts.items()}
-            self.natural |= {n for n in parts if moved or n not in unit.held}
             self.moved |= set(parts) if moved else set()
         if all(n in unit.held for n in parts) and not moved:
             self._noisy_values[name] = False
@@ -259,10 +257,14 @@ class OtherWorld(NoiseRun):
         return set(names).union(*(nx.ancestors(self.graph, n) for n in names))
 
     def matters(self, names: Collection[str]) -> list[str]:
-        """The sites of the unit whose noise some sites depend on here."""
+        """The sites of the unit whose noise some sites depend on here.
+
+        Not of a micro state that is moved from where it was: what it depends on is
+        upstream of these sites in the unit, too.
+        """
         above = self.above(names) & set(self.unit.sites) - self.set_to
         kept = {n for n in above if n in self.changed or n not in self.unit.held}
-        return sorted(kept | self.natural)
+        return sorted(kept | self.moved)
 
     def refuse_off(
         self, macros: Collection[MacroVariable], lead: Sequence[int] = ()

@@ -231,20 +231,23 @@ class Asked:
 
     def refuse(self, trouble: str) -> UnsupportedLaw:
         """An error that says why it is not known exactly, and what would help."""
-        hint = ""
+        held = self.unit.held
         for macro, realization in self.done.some().items():
-            unseen = [n for n in macro.micro if n not in self.unit.held]
-            kind = describe(realization)
-            bends = realization.acts_on_natural and not isinstance(realization, Shift)
-            if bends and unseen:
-                hint = f" {kind} needs a micro state that is known: observe {unseen}."
-            names = [n for t in realization.given for n in names_of(t)]
-            unseen = [n for n in names if n not in self.unit.held]
+            kind, names = describe(realization), []
+            if realization.acts_on_natural and not isinstance(realization, Shift):
+                names, what = list(macro.micro), f"the micro state of {macro.name!r}"
+            if realization.given:
+                names = [n for t in realization.given for n in names_of(t)]
+                what = "what is given"
+            unseen = [n for n in names if n not in held and n in self.unit.sites]
             if unseen:
-                hint = f" {kind} needs what is given to be known: observe {unseen}."
+                return UnsupportedLaw(
+                    f"{WHO}: {kind} is known exactly where {what} is known, and the "
+                    f"rest is affine-Gaussian or finite. Observe {unseen}."
+                )
         return UnsupportedLaw(
             f"{WHO}: {trouble}. Expected a program that is jointly affine-Gaussian in "
-            f"what was not seen, or one of finite sites.{hint}"
+            "what was not seen, or one of finite sites."
         )
 
     def report(self, **found: Any) -> CounterfactualReport:

@@ -87,7 +87,7 @@ class sharded_plate(pyro.plate):
                 f"sharded_plate {name!r}: size is {size!r}. Expected a positive whole "
                 "number, of slots on all ranks together."
             )
-        self.shards = Shards(name, size, Ranks.of(group))
+        self.shards = Shards(name, size, Ranks(group))
         self._params: set[int] = set()  # statements that are under way
         mine = self.shards.indices(device)
         why = (

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import weakref
 import zlib
 from typing import Any
 
@@ -26,52 +25,27 @@ class Ranks:
     what is no part of a sharded plate is the same everywhere. That it is so is checked
     in every sum, at no extra message.
 
+    :param group: the process group, by default of all processes; without
+        ``torch.distributed`` this process alone.
     :ivar rank: which of them this process is.
-    :ivar count: how many there are; 1 without ``torch.distributed``.
-    :ivar last: the last number that was drawn for all of them.
+    :ivar count: how many there are.
     """
 
     def __init__(self, group: Any = None) -> None:
-        # Weakly: the group is the user's, who destroys it in the end
-        self._group = None if group is None else weakref.ref(group)
-        self.last, self.rank, self.count = 0, 0, 1
-        if group is not None:
+        self.group, self.rank, self.count = group, 0, 1
+        if distributed.is_available() and distributed.is_initialized():
             self.rank = distributed.get_rank(group)
             self.count = distributed.get_world_size(group)
-        if self.rank < 0:
-            raise PyroMacroError(
-                "sharded_plate: this process is no member of the process group. Run "
-                "the model on the group's members only, or give another group."
-            )
-
-    @staticmethod
-    def of(group: Any = None) -> Ranks:
-        """The ranks of a process group, by default of all processes.
-
-        One object for each group, for it remembers what was drawn.
-        """
-        if distributed.is_available() and distributed.is_initialized():
-            group = distributed.group.WORLD if group is None else group
         elif group is not None:
             raise PyroMacroError(
                 f"sharded_plate: group is {group!r}, and torch.distributed is not "
                 "initialized. Call torch.distributed.init_process_group first."
             )
-        if group is None:
-            return _ALONE
-        if group not in _KNOWN:
-            _KNOWN[group] = Ranks(group)
-        return _KNOWN[group]
-
-    def seed(self) -> int:
-        """A number from the global random state, the same on all ranks in step."""
-        if torch._C._get_tracing_state():
+        if self.rank < 0:
             raise PyroMacroError(
-                "sharded_plate: torch.jit cannot trace draws in it, it would record "
-                "one of them for good. Run without jit (jit_compile=False, Trace_ELBO)."
+                "sharded_plate: this process is no member of the process group. Run "
+                "the model on the group's members only, or give another group."
             )
-        self.last = int(torch.randint(2**62, ()))
-        return self.last
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """The sum over ranks, element by element; gradients are summed likewise.
@@ -90,7 +64,8 @@ class Ranks:
         count = numbers.numel()
         # Two unequal numbers cannot have both the sum and the sum of squares of equal
         # ones; below 2^20 all of these are exact.
-        mark = zlib.crc32(f"{what} {count} {self.last}".encode()) % 2**20
+        mark = zlib.crc32(f"{what} {count}".encode())
+        mark = zlib.crc32(torch.get_rng_state().numpy().tobytes(), mark) % 2**20
         head = numbers.new_zeros(ROOM + 2)
         if count <= ROOM:
             head[:count] = numbers
@@ -112,17 +87,12 @@ class Ranks:
 
     def _all_reduce(self, numbers: Tensor, what: str) -> None:
         try:
-            group = None if self._group is None else self._group()
-            distributed.all_reduce(numbers, group=group)
+            distributed.all_reduce(numbers, group=self.group)
         except RuntimeError as error:
             raise PyroMacroError(
                 f"{what}: rank {self.rank} of {self.count} could not reach the others, "
                 f"one of which has probably ended: {error}"
             ) from error
-
-
-_ALONE = Ranks()
-_KNOWN: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
 
 
 def shard_sum(tensor: Tensor, ranks: Ranks, what: str) -> Tensor:

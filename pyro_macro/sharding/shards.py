@@ -76,8 +76,17 @@ class Shards:
         return [p.reshape(t.shape) for p, t in zip(parts, tensors, strict=True)]
 
     def seeds(self) -> Iterator[int]:
-        """A seed for each block of this rank, of one draw."""
-        base = self.ranks.seed()
+        """A seed for each block of this rank, of one draw.
+
+        They come from one number of the global random state, the same on all ranks.
+        """
+        if torch._C._get_tracing_state():
+            raise PyroMacroError(
+                f"sharded_plate {self.name!r}: torch.jit cannot trace draws in it, it "
+                "would record one of them for good. Run without jit "
+                "(jit_compile=False, Trace_ELBO)."
+            )
+        base = int(torch.randint(2**62, ()))
         for block in self.blocks:
             yield _mixed(base, block)
 

@@ -314,6 +314,13 @@ def _refusals(found):
         pyro.set_rng_seed(rank)
         natural(sharded)
 
+    def draws():
+        if rank == 0:
+            torch.rand(3)
+        case = CASES["independent"]
+        share = torch.full((SIZE,), 1 / SIZE)
+        pm.macro_do(case.model, {SALES: pm.Allocate(1.0, share)})(sharded)
+
     def sizes():
         with pm.sharded_plate("products", 100 + rank) as slots:
             pyro.sample("x", dist.Normal(torch.zeros(len(slots)), 1.0))
@@ -338,7 +345,7 @@ def _refusals(found):
         biject_to(traced(natural, sharded).nodes["sales__micro"]["fn"].support)
 
     def chains():
-        NUTS(model).setup(10)
+        NUTS(CASES["independent"].model).setup(10, sharded)
 
     def enumerated_outside():
         z = pyro.sample("z", dist.Bernoulli(0.3))
@@ -355,6 +362,7 @@ def _refusals(found):
 
     for ask in (
         seeds,
+        draws,
         lambda: pm.aggregate(sizes, [SALES])(),
         lambda: in_draws(3 + rank),
         lambda: in_draws(50 + rank),

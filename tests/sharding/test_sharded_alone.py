@@ -168,13 +168,10 @@ def test_draws_of_slots_and_sites_are_independent():
 
 
 class OneOf:
-    """A stand-in for one of several ranks, that draws alone."""
+    """A stand-in for one of several ranks."""
 
     def __init__(self, rank, count):
         self.rank, self.count = rank, count
-
-    def seed(self):
-        return int(torch.randint(2**62, ()))
 
 
 @pytest.mark.parametrize("size", [7, 128, 1000, 2_100_000])

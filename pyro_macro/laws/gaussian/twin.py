@@ -232,8 +232,7 @@ def affine_law(
         if not agree(start, [view.forward(drawn)[0]], output(probe), abduction.eps):
             raise bent(f"{[q.name for q in quantities]}")
     n, m = (*lead, *start.shape[-1:]) if lead else (1, *start.shape)
-    own = {g.key for g in abduction.noises}
-    fresh = [g for g in view.noises if g.key not in own]
+    fresh = [g for g in view.noises if g.key[0] not in abduction.unit.sites]
     width = len(abduction.mean) + sum(g.leaf.numel() for g in fresh) // n
     if n * m * width > CELLS:
         raise UnsupportedLaw(
@@ -245,6 +244,8 @@ def affine_law(
     if view.noises:
         which = torch.eye(m).to(start).reshape((m,) + (1,) * len(lead) + (m,))
         found = view.backward(which.expand((m, *lead, m)))
+    known = {g.key for g in (*abduction.noises, *fresh)}
+    assert not any(bool(g.any()) for key, g in found.items() if key not in known)
     # A noise is given to each world of the grid: (m, n, size) to (n m, size)
     found = {
         key: g.reshape(m, n, -1).transpose(0, 1).flatten(0, 1)
@@ -254,8 +255,8 @@ def affine_law(
     start = start.detach().double().reshape(n, m)
     mean = start + (rows @ abduction.mean).reshape(n, m)
     left = abduction.left(rows)
-    known = left.norm(dim=-1) <= 100 * abduction.eps * rows.norm(dim=-1)
-    left = torch.where(known.unsqueeze(-1), 0.0, left)  # but for rounding
+    nothing = left.norm(dim=-1) <= 100 * abduction.eps * rows.norm(dim=-1)
+    left = torch.where(nothing.unsqueeze(-1), 0.0, left)  # but for rounding
     left = torch.cat([left, *(found[g.key].double() for g in fresh)], -1)
     left = left.reshape(n, m, -1)
     covariance = left @ left.mT if m <= MOST else None
