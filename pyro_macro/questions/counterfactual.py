@@ -54,7 +54,8 @@ def counterfactual(
       it. By Definitions 4 and 5 the new micro state is cut off from its former parents
       and independent of all that is upstream: it is that of another unit, which knows
       nothing of what was seen in this one. With ``given``, ``Natural`` and ``Residual``
-      draw that of a unit which is like this one in what is named there.
+      draw that of a unit which is like this one in what is named there, which has to be
+      known.
 
     The probabilities of a program do not determine its counterfactuals, so that the
     noise has to be stated:
@@ -73,7 +74,8 @@ def counterfactual(
 
     :param interventions: as for :func:`~pyro_macro.macro_do`. One of them may be a
         function of the macro value, as the class ``Natural`` is; then ``at`` has
-        values.
+        values. Of several, those that act on the unit's own micro state act on what it
+        is after the others.
     :param observed: what was seen in the unit: values of sites, by name, and of
         macro-variables. Observations in the program (``obs=``, ``condition``) count,
         too. What is not named was not seen.
@@ -183,9 +185,8 @@ def _finite(asked: Asked, noise: str, trouble: str) -> CounterfactualReport:
             "known. Expected one intervention, or realizations that replace the micro "
             "state."
         )
-    twin = FiniteTwin(
-        unit, asked.relevant, asked.kept, asked.coupled, asked.effects, noise
-    )
+    known = asked.relevant, asked.kept
+    twin = FiniteTwin(unit, *known, asked.coupled, asked.natural, asked.effects, noise)
     parts, values = [twin.as_it_was()], asked.done.values
     with torch.no_grad():
         for value in [None] if values is None else values.split(1):

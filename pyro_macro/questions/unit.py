@@ -37,6 +37,7 @@ from pyro_macro.program.reading import read, structural
 from pyro_macro.program.substitution import detached
 from pyro_macro.questions.question import describe
 from pyro_macro.realizations import Realization, Shift
+from pyro_macro.realizations.base import refuse_subsampled
 from pyro_macro.reports import CounterfactualReport
 
 HOW = "{sales: Natural}, at=[30.0, 33.0]"
@@ -67,6 +68,10 @@ class Asked:
             self.effects = [Quantity(t, sites, "effect") for t in self.things]
             for macro in self.done.fixed:
                 Quantity(macro, sites, "macro-variable")
+            for thing in (*self.things, *(macro for macro, _ in totals)):
+                if isinstance(thing, MacroVariable):
+                    parts = [sites[n] for n in thing.micro]
+                    refuse_subsampled(f"{WHO}: {thing.name!r}", thing, parts)
             until = [*self.until, *self.done.micro]
             self.unit = Unit(run, seen, totals, until, stated)
             # Sites as they are in the unit
@@ -183,12 +188,17 @@ class Asked:
         above = (first.above(self.until) - first.set_to) & first.changed
         return [n for n in sites if n in above and not sites[n].deterministic]
 
+    @property
+    def natural(self) -> list[str]:
+        """The micro sites whose values in the unit are acted on."""
+        done = self.done.some().items()
+        return [n for macro, how in done if how.acts_on_natural for n in macro.micro]
+
     def is_finite(self) -> bool:
         """Whether all that is not known has finitely many values."""
         sites = self.unit.sites
         wanted = {n for n in self.relevant if not self.unit.is_fixed(n)}
-        for macro, realization in self.done.some().items():
-            wanted |= set() if realization.acts_on_natural else set(macro.micro)
+        wanted |= set(self.done.micro) - set(self.natural)
         wanted = {*self.coupled, *(n for n in wanted if not sites[n].deterministic)}
         return all(finite_values(sites[n].fn) is not None for n in wanted)
 

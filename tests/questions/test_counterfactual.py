@@ -667,6 +667,32 @@ def test_a_program_with_explicit_noise_is_unambiguous(coupling):
         ask(with_noise_of_its_own, pm.Natural(1.0), {**seen, "u": 0}, "y")
 
 
+def test_a_finite_shift_of_deterministic_sites():
+    def boxes():
+        a = pyro.sample("a", dist.Categorical(torch.tensor([0.2, 0.3, 0.5])))
+        b = pyro.sample("b", dist.Bernoulli(0.4))
+        x1 = pyro.deterministic("x1", a + b)
+        x2 = pyro.deterministic("x2", 2 * b)
+        pyro.deterministic("y", (x1 + 3 * x2 + a).clamp(max=8))
+
+    seen = {"y": 4.0}  # a = 2 and b = 0 alone; 7 and more where b = 1
+    report = ask(boxes, pm.Shift(3.0, along=[0.0, 1.0]), seen, "y")
+    assert report.method == "exact: finite"
+    close(report.mean, 8.0)
+    report = ask(boxes, pm.Shift(1.0, along=[1.0, 0.0]), {}, "y")
+    chances = torch.tensor([0.2, 0.3, 0.5])
+    zero = (chances * torch.tensor([1.0, 3.0, 5.0])).sum()
+    one = (chances * torch.tensor([8.0, 8.0, 8.0])).sum()
+    close(report.mean, 0.6 * zero + 0.4 * one)
+
+
+def test_the_largest_of_what_was_seen():
+    most = pm.MacroVariable("most", ["x1", "x2"], (), pm.Max())
+    report = ask(shop, pm.Shift(30.0, [1.0, 0.0]), {**SEEN, most: 21.0}, most)
+    close(report.factual_mean, 21.0)
+    close(report.mean, 42.0)
+
+
 def test_finite_consistency():
     scm = Scm(drawn_tables(6), "independent")
     for coupling in ("independent", "monotone"):
@@ -818,6 +844,16 @@ REFUSED = [
         ),
         pm.OffFibre,
         "has the macro value 6. Expected 3",
+    ),
+    (
+        dict(seen={pm.MacroVariable("most", ["x1", "x2"], (), pm.Max()): 50.0}),
+        pm.UnsupportedLaw,
+        r"Max\(\) of what was not seen is no weighted sum",
+    ),
+    (
+        dict(seen={}, effect=pm.MacroVariable("most", ["x1", "x2"], (), pm.Max())),
+        pm.UnsupportedLaw,
+        r"Max\(\) of what was not seen is no weighted sum",
     ),
     (dict(model=gammas), pm.UnsupportedLaw, "depends on 'x1', which is Gamma"),
     (

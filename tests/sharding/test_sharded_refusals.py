@@ -299,6 +299,7 @@ def test_a_plain_plate_in_the_guide():
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 def test_draws_under_jit():
     def model():
         with sharded():

@@ -111,6 +111,7 @@ class FiniteTwin:
     :param relevant: the sites that matter.
     :param kept: what was seen that tells of them.
     :param coupled: the random sites that an intervention acts on.
+    :param natural: the micro sites whose own values it acts on.
     :param effects: what is asked about.
     :param noise: how the two values of a random site are coupled.
     :raises Infeasible: if what was seen cannot be.
@@ -123,11 +124,12 @@ class FiniteTwin:
         relevant: Collection[str],
         kept: Sequence[Evidence],
         coupled: Collection[str],
+        natural: Collection[str],
         effects: Sequence[Quantity],
         noise: str,
     ) -> None:
         self.unit, self.kept, self.noise = unit, kept, noise
-        self.effects, self.coupled = effects, list(coupled)
+        self.effects, self.coupled, self.natural = effects, list(coupled), natural
         sites = unit.sites
         random = [n for n in sites if n in relevant and not sites[n].deterministic]
         unknown = [n for n in random if not unit.is_fixed(n)]
@@ -181,6 +183,9 @@ class FiniteTwin:
             table = self.table(run.sites[name].fn, name, count, wide)
             found[f"{name} table"] = table
             found[f"{name} place"] = self.places(values[name], name, count, wide)
+        for name in self.natural:
+            full = self._full(name, count, True)
+            found[f"{name} was"] = values[name].expand(full)
         for e in self.kept:
             site = self.unit.sites.get(e.name)
             if e.macro is not None or (site is not None and site.deterministic):
@@ -326,7 +331,10 @@ class _Other:
         for name, layout in self.layouts.items():
             values[name] = layout.stack(drawn)
         for name, layout in self.natural.items():
-            values[name] = layout.stack(before)
+            own = {n: twin.tables[f"{n} was"][was] for n in layout.names}
+            values[name] = layout.stack(
+                own if wide else {n: v[0] for n, v in own.items()}
+            )
         run = _Listed(unit, self.until, values, self.world.sites)
         run.run(*self.model(count if wide else None))
         found: Values = {"": torch.zeros(count, dtype=torch.float64)}

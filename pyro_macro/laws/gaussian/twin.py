@@ -162,6 +162,9 @@ class Abduction:
                 "observe more of their parents, or aggregates of them."
             )
         view = NoiseView(found, self.noises, False)
+        for e in evidence:
+            if e.macro is not None:
+                refuse_bend(Quantity(e.macro, self.unit.sites, "observed"))
         self._check(view, evidence)
         rows = self.as_rows(view.backward(torch.eye(count).to(found)), count)
         values = torch.cat([_values(e, zero) for e in evidence]).double()
@@ -223,8 +226,13 @@ def affine_law(
         return torch.cat([q.of(values, lead, depth) for q in quantities], -1)
 
     zero, *probes = runs
+    values = {n: s.value for n, s in zero.sites.items()}
+    noises = list(zero.noises.values())
+    for quantity in quantities:
+        if NoiseView(quantity.of(values, lead, depth), noises, False).noises:
+            refuse_bend(quantity)
     start = output(zero)
-    view = NoiseView(start, list(zero.noises.values()), False)
+    view = NoiseView(start, noises, False)
     for probe in probes:
         if any(n.key not in probe.drawn for n in view.noises):
             raise bent("the sites that are met")
@@ -274,6 +282,22 @@ def _flat(value: Tensor) -> Tensor:
 def _values(known: Evidence, zero: NoiseRun) -> Tensor:
     like = known.of(zero)
     return known.value.to(like).expand(like.shape).detach().reshape(-1)
+
+
+def refuse_bend(quantity: Quantity) -> None:
+    """An error if something that is not known is no weighted sum of sites.
+
+    That it has kinks may not show in a few runs.
+    """
+    thing = quantity.thing
+    if isinstance(thing, str):
+        return
+    rows = thing.aggregation.within(quantity.layout)
+    if rows.weights(torch.zeros(quantity.layout.size, dtype=torch.float64)) is None:
+        raise NotAffine(
+            f"{WHO}: {quantity.what}: {thing.aggregation!r} of what was not seen is no "
+            "weighted sum."
+        )
 
 
 def bent(what: str) -> NotAffine:
