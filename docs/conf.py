@@ -50,8 +50,6 @@ nb_execution_mode = "off"
 nb_merge_streams = True
 nb_ipywidgets_js: dict[str, dict[str, str]] = {}  # there are none
 
-suppress_warnings = ["toc.empty_glob"]  # pages that may not be there
-
 html_theme = "furo"
 html_title = f"pyro_macro {version}"
 html_theme_options = {"navigation_with_keys": True}
