@@ -95,24 +95,49 @@ def refuse_mask(target: Target, msg: Message) -> None:
 def refuse_changed(
     what: str, which: str, value: Tensor, msg: Message, by: str = "macro_do"
 ) -> None:
-    if msg["value"] is value:
-        return
-    found: Any = detach_provenance(msg["value"])  # type: ignore[type-var]
-    known = detach_provenance(value)
-    same = found is known or (
-        # the same tensor behind another object, as inner runs hand out
-        isinstance(found, Tensor)
-        and not isinstance(known, Pending)
-        and (found.shape, found.dtype) == (known.shape, known.dtype)
-        and (found.data_ptr() == known.data_ptr() or torch.equal(found, known))
-    )
-    if not same:
+    if not _is_same(value, msg):
         raise PyroMacroError(
             f"{what}: {which} is set by {by}, and a handler outside (condition, do or "
             "the like) gave it another value, which its parts would not follow. "
             "Condition or set sites that are random, such as the latent site "
             "'<macro-variable>__micro' of macro_do, or turn the two handlers round."
         )
+
+
+def refuse_overwritten(what: str, value: Tensor, msg: Message, seen: bool) -> None:
+    """The program goes on with the value that a micro site had at the handler.
+
+    Handlers inside have the last word, and may use it after all others have looked.
+
+    :param seen: whether the value was only looked at, and not set.
+    """
+    if _is_same(value, msg):
+        return
+    if seen:
+        raise PyroMacroError(
+            f"{what} got another value from a handler inside, such as a `do`, so that "
+            "the value which propagates cannot be seen. Turn the two round: put "
+            "aggregate inside."
+        )
+    raise PyroMacroError(
+        f"{what} is set by macro_do, and a handler inside, such as a `do`, gave it "
+        "another value, with which the program went on. Both cannot hold: drop one of "
+        "the two interventions."
+    )
+
+
+def _is_same(value: Tensor, msg: Message) -> bool:
+    if msg["value"] is value:
+        return True
+    found: Any = detach_provenance(msg["value"])  # type: ignore[type-var]
+    known = detach_provenance(value)
+    return found is known or (
+        # the same tensor behind another object, as inner runs hand out
+        isinstance(found, Tensor)
+        and not isinstance(known, Pending)
+        and (found.shape, found.dtype) == (known.shape, known.dtype)
+        and (found.data_ptr() == known.data_ptr() or torch.equal(found, known))
+    )
 
 
 def refuse_unexplained(what: str, value: Tensor, event_dim: int, site: Message) -> None:

@@ -30,6 +30,7 @@ from pyro_macro.checks import (
     refuse_moved,
     refuse_off_fibre,
     refuse_off_support,
+    refuse_overwritten,
     refuse_repeated,
     refuse_unexplained,
 )
@@ -191,6 +192,18 @@ class _Handler(Messenger):
 
     wrapped = False
 
+    def __init__(self) -> None:
+        super().__init__()
+        # Micro sites of this run that handlers inside may still have changed, each with
+        # the value that it had here
+        self._passed: list[tuple[str, Tensor, Message]] = []
+
+    def _settle(self) -> None:
+        """At the end of a run: micro sites went on with the values they had here."""
+        passed, self._passed = self._passed, []
+        for what, value, msg in passed:
+            refuse_overwritten(what, value, msg, type(self) is Aggregate)
+
     def __call__(self, fn: Any) -> Any:
         if not callable(fn):
             raise PyroMacroError(
@@ -339,12 +352,14 @@ class Aggregate(_Handler):
 
     def __enter__(self) -> Aggregate:
         self._sites, self._names, self._met = {}, {}, set()
+        self._passed = []
         super().__enter__()
         return self
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
         if exc[0] is None:
+            self._settle()
             for macro in self.macros:
                 for name in macro.micro:
                     if name not in self._sites:
@@ -357,6 +372,7 @@ class Aggregate(_Handler):
         if site_is_subsample(msg):
             return
         if name in self._met and msg.get("_intervener_id") is None:
+            self._settle()
             self._sites, self._met = {}, set()  # another run has begun
         self._met.add(name)
         if name not in self._micro:
@@ -376,7 +392,8 @@ class Aggregate(_Handler):
         name = self._names.pop(id(msg), None)
         if name is None:
             return
-        self._sites[name] = self._sites[name].with_value(msg)
+        site = self._sites[name] = self._sites[name].with_value(msg)
+        self._passed.append((f"aggregate: micro site {name!r}", site.value, msg))
         for macro in self.macros:
             if name in macro.micro and all(n in self._sites for n in macro.micro):
                 self._add(macro, msg)
@@ -444,6 +461,7 @@ class _Setting(_Handler):
         if value is not None:
             what = f"macro-variable {self._macro_of(name).name!r}"
             refuse_changed(what, f"micro site {name!r}", value, msg)
+            self._passed.append((f"{what}: micro site {name!r}", value, msg))
 
     def _macro_of(self, name: str) -> MacroVariable:
         return self._targets[name].state.macro
@@ -526,6 +544,7 @@ class _Prepared(_Setting):
             target.values = None  # draws are large, and targets refer to each other
         if exc[0] is not None:
             return
+        self._settle()
         for name, target in self._targets.items():
             if name not in target.met:
                 raise UnknownSite(
@@ -636,6 +655,7 @@ class MacroDo(_Setting):
 
     def __enter__(self) -> MacroDo:
         self._begin()
+        self._passed = []
         super().__enter__()
         return self
 
@@ -643,6 +663,7 @@ class MacroDo(_Setting):
         super().__exit__(*exc)
         if exc[0] is not None:
             return
+        self._settle()
         for name, collector in self._collected.items():
             if name not in collector.sites:
                 what = f"macro-variable {collector.macro.name!r}"
@@ -655,6 +676,7 @@ class MacroDo(_Setting):
             self._passing[id(msg)] = (name, name.endswith("__micro"))
             return
         if name in self._met and msg.get("_intervener_id") is None:
+            self._settle()
             self._begin()  # a site for the second time: another run has begun
         if not site_is_subsample(msg):
             self._met.add(name)

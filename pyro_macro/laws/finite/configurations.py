@@ -437,6 +437,13 @@ def mixing_configurations(
     }
     if not finite:
         return None
+    branches = sorted(finite & upstream.zero.tracker.escaped)
+    if branches:
+        raise UnsupportedLaw(
+            f"{what}: the program branches on {branches}, or makes Python numbers of "
+            "it, and all its values at once are needed for the law of the micro state. "
+            f"Hold it, given={branches}, or write the choice with torch.where."
+        )
     evidence = [e for e in known if upstream.latent_sources(e.sites) & finite]
     above = {*finite, *(n for e in evidence for n in e.sites)}
     for name in upstream.latent_sources(sorted(above)) - above:
