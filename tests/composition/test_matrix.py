@@ -184,6 +184,15 @@ CELLS = {
         "NUTS, run": "test_nuts_in_a_short_run_",
         "NUTS, posterior (slow)": "test_nuts_samples_",
     },
+    "test_changed_inside": {
+        "do inside, of another library": "test_macro_do_refuses_what_overwrites_",
+        "do inside, of another library, context": "test_macro_do_refuses_it_in_a_",
+        "do inside, of another library, aggregate": "test_aggregate_refuses_what_",
+        "do inside, of another library, next run": "test_the_next_run_in_a_context_",
+        "do inside, of another library, other site": "test_another_site_may_be_",
+        "do outside, of another library": "test_outside_of_aggregate_the_",
+        "values handed on": "test_the_same_value_may_be_",
+    },
     "test_modules": {
         "PyroModule, parameters": "test_wrapped_module_exposes_",
         "PyroModule, PyroSample and PyroParam": "test_module_samples_are_micro_",
