@@ -18,7 +18,9 @@ from torch import Size, Tensor
 from torch.distributions import (
     Bernoulli,
     Categorical,
+    Distribution,
     Independent,
+    Transform,
     TransformedDistribution,
 )
 
@@ -193,6 +195,8 @@ def _coupled(
     fn: Any, dims: tuple[int, ...], sample_shape: Size, method: str
 ) -> Tensor | None:
     """A draw with one noise for all places along ``dims``; ``None`` if unknown how."""
+    if not _is_known(fn):
+        return None  # it may draw in a way of its own
     form = noise_form(fn)
     if form is not None:
         depth = len(fn.batch_shape)
@@ -250,7 +254,7 @@ def _is_same(fn: Any, dims: tuple[int, ...]) -> bool:
 
     A wrong "no" costs a fresh draw, a wrong "yes" would be wrong.
     """
-    if type(fn).__module__.split(".")[0] not in ("torch", "pyro"):
+    if not _is_known(fn):
         return False
     sizes, seen = {fn.batch_shape[dim] for dim in dims}, False
     for tensor in tensors_in(fn):
@@ -260,6 +264,17 @@ def _is_same(fn: Any, dims: tuple[int, ...]) -> bool:
                 if not torch.equal(tensor, tensor.narrow(at, 0, 1).expand_as(tensor)):
                     return False
     return seen
+
+
+def _is_known(thing: Any, seen: tuple[int, ...] = ()) -> bool:
+    """Whether a distribution, and all that it is made of, is of torch, Pyro or here."""
+    if isinstance(thing, (list, tuple)):
+        return all(_is_known(part, seen) for part in thing)
+    if not isinstance(thing, (Distribution, Transform)) or id(thing) in seen:
+        return True
+    if type(thing).__module__.split(".")[0] not in ("torch", "pyro", "pyro_macro"):
+        return False
+    return all(_is_known(part, (*seen, id(thing))) for part in vars(thing).values())
 
 
 def _moved(dims: tuple[int, ...], by: int) -> tuple[int, ...]:

@@ -236,7 +236,7 @@ def plot_dose_response(
         macro value and of the effect; their names by default.
     :returns: the axes.
     """
-    if not 0 < level < 1:
+    if not isinstance(level, (int, float)) or not 0 < level < 1:
         raise PyroMacroError(f"plot: level is {level!r}. Expected one in (0, 1).")
     ax = axes_of(ax)
     for i, curve in enumerate(report.curves):
