@@ -52,7 +52,11 @@ def bounds(part: Any, like: Tensor) -> tuple[Tensor, Tensor]:
                 return ends.amin(0), ends.amax(0)
     low = getattr(part.support, "lower_bound", -torch.inf)
     high = getattr(part.support, "upper_bound", torch.inf)
-    return torch.as_tensor(low).to(like), torch.as_tensor(high).to(like)
+    return _end(low, like), _end(high, like)
+
+
+def _end(end: Any, like: Tensor) -> Tensor:
+    return end.to(like) if isinstance(end, Tensor) else like.new_full((), end)
 
 
 def elements_of(sites: Mapping[str, Site], layout: Layout, what: str) -> Elements:

@@ -315,6 +315,7 @@ def refuse_off_support(site: Site, value: Tensor) -> None:
     support = getattr(own, "support", None)
     if support in (None, real, real_vector) or own.event_shape or site.deterministic:
         return
+    value = value.to(site.value.device)
     inside = support.check(value)
     if not bool(inside.all()):
         raise OffFibre(

@@ -34,6 +34,7 @@ class SideBySide:
         pairs = [_together(column) for column in columns]
         self._constants = [value for value, _ in pairs]
         self._constant_dims = [dim for _, dim in pairs]
+        self._moved: dict[torch.device, list[Any]] = {}  # the same, by device
 
     def values(
         self,
@@ -66,6 +67,21 @@ class SideBySide:
                     ]
                 found.append(torch.stack(parts, 1 if any(wide) else 0))
         return found
+
+    def _constants_near(self, given: Sequence[Any]) -> list[Any]:
+        """The constants, those that members have of their own on the leaves' device.
+
+        A number may be on any device, a column of numbers may not.
+        """
+        things = (*given, *self._constants)
+        devices = {t.device for t in things if isinstance(t, Tensor)}
+        away = next((d for d in devices if d.type != "cpu"), None)
+        if away is None:
+            return self._constants
+        if away not in self._moved:
+            pairs = zip(self._constants, self._constant_dims, strict=True)
+            self._moved[away] = [c if dim is None else c.to(away) for c, dim in pairs]
+        return self._moved[away]
 
     def _value(self, leaf: Leaf, member: int, values: Values) -> Tensor:
         if leaf[0] == CAPTURED:
@@ -100,7 +116,7 @@ class SideBySide:
             leaves, constants = all_values[:count], all_values[count:]
             return tuple(self.first.evaluate(leaves, constants))
 
-        everything = [*given, *self._constants]
+        everything = [*given, *self._constants_near(given)]
         every = [*dims, *self._constant_dims]
         inner: Any = one
         if all(dim is None for dim in every):

@@ -149,7 +149,9 @@ class Tracker(TorchFunctionMode):
 
     def _note(self, result: Any, sources: frozenset[str]) -> None:
         if isinstance(result, torch.Tensor):
-            setattr(result, self._key, getattr(result, self._key, NOTHING) | sources)
+            if sources:  # it may be a tensor of the user's, which is none of ours
+                its = getattr(result, self._key, NOTHING)
+                setattr(result, self._key, its | sources)
         elif isinstance(result, (tuple, list)):
             for part in result:
                 self._note(part, sources)

@@ -289,7 +289,7 @@ class Asked:
             return self.done.values
         first = next(iter(self.done.some().values()))
         number = getattr(first, "value", getattr(first, "delta", float("nan")))
-        number = torch.as_tensor(number).detach().double()
+        number = torch.as_tensor(number).detach().cpu().double()
         return number.reshape(1) if number.numel() == 1 else number.unsqueeze(0)
 
 
@@ -322,7 +322,7 @@ class Done:
         macro = self.varied[0]
         event = macro.aggregation.event_dim if isinstance(macro, MacroVariable) else 0
         try:
-            values = torch.as_tensor(at, dtype=torch.float64)
+            values = torch.as_tensor(at, dtype=torch.float64, device="cpu")
         except (TypeError, ValueError, RuntimeError) as error:
             raise PyroMacroError(
                 f"{WHO}: at is {at!r}. Expected macro values, as numbers."
@@ -422,7 +422,8 @@ def seen_in(
     for thing, value in observed.items():
         if isinstance(thing, MacroVariable):
             quantity = Quantity(thing, sites, "observed")
-            own, like = quantity.shape, torch.zeros((), dtype=torch.float64)
+            first = sites[thing.micro[0]].value
+            own, like = quantity.shape, first.new_zeros((), dtype=torch.float64)
         elif isinstance(thing, str):
             quantity = Quantity(thing, sites, "observed")
             own, like = sites[thing].shape, sites[thing].value
@@ -457,7 +458,9 @@ def _value(name: str, value: Any, shape: torch.Size, like: Tensor) -> Tensor:
             f"{tuple(shape)}."
         ) from error
     kept = number.to(like).clone()
-    whole = like.is_floating_point() or torch.equal(kept.double(), number.double())
+    whole = like.is_floating_point() or torch.equal(
+        kept.cpu().double(), number.cpu().double()
+    )
     if not whole or not bool(kept.isfinite().all()):
         raise PyroMacroError(
             f"{WHO}: {name!r} was seen to be {value}. Expected finite numbers that its "

@@ -147,7 +147,7 @@ class FiniteTwin:
         for e in self.kept:
             found = tables.pop(e.name, None)
             if found is not None:
-                near = torch.isclose(found, _row(e), rtol=1e-6, atol=1e-9)
+                near = torch.isclose(found, _row(e).cpu(), rtol=1e-6, atol=1e-9)
                 logs = torch.where(near.all(-1), logs, NEVER)
         weights = (logs - logs.max()).exp()
         if float(logs.max()) < NEVER / 2:
@@ -178,11 +178,11 @@ class FiniteTwin:
                 self._refuse_missing(table, name)
                 at = self.places(values[name], name, count, wide)
                 log = table.gather(-1, at)[..., 0]
-            found[""] = found[""] + log.sum(-1)
+            found[""] = found[""] + log.sum(-1).cpu()
         for name in self.coupled:
             table = self.table(run.sites[name].fn, name, count, wide)
-            found[f"{name} table"] = table
-            found[f"{name} place"] = self.places(values[name], name, count, wide)
+            found[f"{name} table"] = table.cpu()
+            found[f"{name} place"] = self.places(values[name], name, count, wide).cpu()
         for name in self.natural:
             full = self._full(name, count, True)
             found[f"{name} was"] = values[name].expand(full)
@@ -198,8 +198,8 @@ class FiniteTwin:
 
     def _rows(self, quantity: Quantity, values: Values, count: int, wide: bool) -> Any:
         if wide:
-            return quantity.of(values, (count,), self.unit.depth)
-        return quantity.of(values).unsqueeze(0)
+            return quantity.of(values, (count,), self.unit.depth).cpu()
+        return quantity.of(values).unsqueeze(0).cpu()
 
     def _full(self, name: str, count: int, wide: bool) -> tuple[int, ...]:
         site = self.unit.sites[name]
@@ -340,10 +340,10 @@ class _Other:
         found: Values = {"": torch.zeros(count, dtype=torch.float64)}
         for name in self.layouts:
             log = _log_prob(run.sites[name].fn, values[name], name)
-            found[""] = found[""] + log.reshape(count, -1).sum(-1)
+            found[""] = found[""] + log.reshape(count, -1).sum(-1).cpu()
         for name in twin.coupled:
-            q = twin.table(run.sites[name].fn, name, count, wide)
-            at = twin.places(values[name], name, count, wide)
+            q = twin.table(run.sites[name].fn, name, count, wide).cpu()
+            at = twin.places(values[name], name, count, wide).cpu()
             p = twin.tables[f"{name} table"][was]
             place = twin.tables[f"{name} place"][was]
             log = coupled(p, q, place, at, twin.noise)
@@ -353,7 +353,8 @@ class _Other:
             if quantity.name in everything:
                 between = (1,) * (unit.depth - len(quantity.layout.batch_shape))
                 full = (count, *between, *quantity.shape)
-                found[f"{quantity.name} set"] = everything[quantity.name].expand(full)
+                value = everything[quantity.name].expand(full).cpu()
+                found[f"{quantity.name} set"] = value
         for i, quantity in enumerate(twin.effects):
             found[f"effect {i}"] = twin._rows(quantity, everything, count, wide)
         return run, found

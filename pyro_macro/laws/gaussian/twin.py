@@ -54,7 +54,7 @@ class Abduction:
     :raises NotAffine: if what was seen is no affine function of Gaussian noise.
     :raises Infeasible: if what was seen cannot be.
     :ivar noises: the groups of noises that matter.
-    :ivar mean: of the noise, all groups as one vector.
+    :ivar mean: of the noise, all groups as one vector, on the CPU.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Abduction:
     def as_rows(self, gradients: Mapping[Key, Tensor], count: int) -> Tensor:
         """Coefficients by group as a matrix, ``(count, N)``."""
         parts = [
-            gradients[n.key].reshape(count, -1).double()
+            gradients[n.key].reshape(count, -1).cpu().double()
             if n.key in gradients
             else torch.zeros(count, n.leaf.numel(), dtype=torch.float64)
             for n in self.noises
@@ -167,8 +167,8 @@ class Abduction:
                 refuse_bend(Quantity(e.macro, self.unit.sites, "observed"))
         self._check(view, evidence)
         rows = self.as_rows(view.backward(torch.eye(count).to(found)), count)
-        values = torch.cat([_values(e, zero) for e in evidence]).double()
-        found = found.detach().double()
+        values = torch.cat([_values(e, zero) for e in evidence]).cpu().double()
+        found = found.detach().cpu().double()
         surprise = values - found - rows @ self.mean
         # In standard deviations, where these are more than the rounding of a value
         scale = rows.norm(dim=-1)
@@ -260,12 +260,12 @@ def affine_law(
         for key, g in found.items()
     }
     rows = abduction.as_rows(found, n * m)
-    start = start.detach().double().reshape(n, m)
+    start = start.detach().cpu().double().reshape(n, m)
     mean = start + (rows @ abduction.mean).reshape(n, m)
     left = abduction.left(rows)
     nothing = left.norm(dim=-1) <= 100 * abduction.eps * rows.norm(dim=-1)
     left = torch.where(nothing.unsqueeze(-1), 0.0, left)  # but for rounding
-    left = torch.cat([left, *(found[g.key].double() for g in fresh)], -1)
+    left = torch.cat([left, *(found[g.key].cpu().double() for g in fresh)], -1)
     left = left.reshape(n, m, -1)
     covariance = left @ left.mT if m <= MOST else None
     return NormalLaw(mean, left.square().sum(-1), covariance)
