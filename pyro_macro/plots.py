@@ -121,9 +121,9 @@ def _bins(*laws: Outcomes) -> Any:
     draws = torch.cat(known)
     low, high = float(draws.min()), float(draws.max())
     if bool((draws == draws.round()).all()) and high - low < 100:
-        return (torch.arange(low, high + 2) - 0.5).numpy()
+        return (torch.arange(low, high + 2, device="cpu") - 0.5).numpy()
     count = min(60, max(8, int(len(known[0]) ** 0.5)))
-    return torch.linspace(low, high, count + 1).numpy()
+    return torch.linspace(low, high, count + 1, device="cpu").numpy()
 
 
 def _distribution(
@@ -145,7 +145,7 @@ def _distribution(
     if spread == 0:
         ax.axvline(mean, color=color, label=label, lw=2)
         return
-    line = torch.linspace(mean - 4 * spread, mean + 4 * spread, 200)
+    line = torch.linspace(mean - 4 * spread, mean + 4 * spread, 200, device="cpu")
     density = torch.distributions.Normal(mean, spread).log_prob(line).exp()
     ax.plot(line.numpy(), density.numpy(), color=color, label=label, lw=1.8)
     ax.fill_between(line.numpy(), density.numpy(), color=color, alpha=0.15, lw=0)
@@ -278,7 +278,7 @@ def plot_counterfactual(report: CounterfactualReport, ax: Any = None) -> Any:
             values, weights = report.outcomes[:, 0], report.factual_probabilities
             first = Outcomes(values, weights.unsqueeze(0))
             second = Outcomes(values, report.probabilities)
-        known = [was[0]], torch.tensor([was[1] ** 2]).numpy()
+        known = [was[0]], torch.tensor([was[1] ** 2], device="cpu").numpy()
         _distribution(ax, first, known, (SEEN, "as it was"), None)
         _distribution(ax, second, (mean, variance), (DONE, would), None)
         ax.set_xlabel(report.effect)

@@ -565,7 +565,9 @@ class Curve:
             steps = laws.weights[:, order].double().cumsum(-1)
             reached = steps >= level * steps[:, -1:] - 1e-12
             return values[reached.int().argmax(-1)]
-        step = torch.special.ndtri(torch.tensor(level, dtype=torch.float64))
+        step = torch.special.ndtri(
+            torch.tensor(level, dtype=torch.float64, device="cpu")
+        )
         return self.mean + step * self.variance.clamp(min=0).sqrt()
 
 

@@ -38,11 +38,13 @@ class Coarsen(Aggregation):
                     "Coarsen: the keys of the table have different lengths, or there "
                     "are none. Expected a number for each element of the micro state."
                 )
-            self._keys = torch.tensor(keys, dtype=torch.float64)
-            self._macro = torch.tensor(macro, dtype=torch.float64)
+            self._keys = torch.tensor(keys, dtype=torch.float64, device="cpu")
+            self._macro = torch.tensor(macro, dtype=torch.float64, device="cpu")
         else:
-            table = torch.as_tensor(mapping, dtype=torch.float64).cpu()
-            axes = [torch.arange(n, dtype=torch.float64) for n in table.shape]
+            table = torch.as_tensor(mapping, dtype=torch.float64, device="cpu").cpu()
+            axes = [
+                torch.arange(n, dtype=torch.float64, device="cpu") for n in table.shape
+            ]
             self._keys = torch.cartesian_prod(*axes).reshape(-1, table.dim())
             self._macro = table.flatten()
         if not (self._keys.isfinite().all() and self._macro.isfinite().all()):

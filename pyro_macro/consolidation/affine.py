@@ -286,6 +286,7 @@ class AffineGroup:
                     (len(self.names), *like.shape),
                     generator=generator,
                     dtype=torch.float64,
+                    device="cpu",
                 )
                 move = sign * (move + 3 * move.sign())
                 moved[slot] = move.to(like) * (1 + like.abs())

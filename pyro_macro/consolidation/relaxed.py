@@ -418,7 +418,9 @@ def _kolmogorov(one: Tensor, other: Tensor, seed: int) -> float:
     one, other = one.cpu(), other.cpu()
     spread = one.std(0).clamp(min=1e-12)
     size = one.shape[-1]
-    mixed = torch.randn(PROJECTIONS, size, generator=generator, dtype=torch.float64)
+    mixed = torch.randn(
+        PROJECTIONS, size, generator=generator, dtype=torch.float64, device="cpu"
+    )
     mixed = torch.cat([torch.eye(size, dtype=torch.float64), mixed]) / spread
     first, second = (mixed @ x.T for x in (one, other))
     points = torch.cat([first, second], -1).sort(-1).values

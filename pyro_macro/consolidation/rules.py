@@ -199,14 +199,20 @@ def _behind(name: str, structure: Structure) -> set[str]:
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    half = (torch.rand(like.shape, generator=generator) < 0.5).to(like.device)
+    half = (torch.rand(like.shape, generator=generator, device="cpu") < 0.5).to(
+        like.device
+    )
     if like.dtype == torch.bool:
         return half
     # Whole numbers among them, which are special to comparisons and remainders
-    whole = torch.randint(-60, 60, like.shape, generator=generator).to(like)
+    whole = torch.randint(-60, 60, like.shape, generator=generator, device="cpu").to(
+        like
+    )
     if not like.is_floating_point():
         return whole
-    part = torch.randn(like.shape, generator=generator, dtype=torch.float64)
+    part = torch.randn(
+        like.shape, generator=generator, dtype=torch.float64, device="cpu"
+    )
     return torch.where(half, whole, like + 3 * part.to(like))
 
 

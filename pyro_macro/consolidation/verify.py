@@ -184,8 +184,12 @@ def _checked(
     spread = samples[0].std(0).clamp(min=1e-12)
     generator = torch.Generator().manual_seed(seed)
     size = len(spread)
-    mixed = torch.randn(PROJECTIONS, size, generator=generator, dtype=torch.float64)
-    mixed = torch.cat([torch.eye(size, dtype=torch.float64), mixed]) / spread
+    mixed = torch.randn(
+        PROJECTIONS, size, generator=generator, dtype=torch.float64, device="cpu"
+    )
+    mixed = (
+        torch.cat([torch.eye(size, dtype=torch.float64, device="cpu"), mixed]) / spread
+    )
     first, second = (mixed @ sample.T for sample in samples)
     found = compare(first, second, 0.05, seed=seed)
     distance, p_value = float(found.distance.max()), float(found.p_value.min())
@@ -277,7 +281,7 @@ def _table(
         value: Any = node["value"]
         supports[name], shapes[name] = values, value.shape
     counts = [len(v) ** shapes[n].numel() for n, v in supports.items()]
-    if torch.tensor(counts, dtype=torch.float64).prod() > JOINT:
+    if torch.tensor(counts, dtype=torch.float64, device="cpu").prod() > JOINT:
         return None
     each = [_states(v, shapes[n]) for n, v in supports.items()]
     found: dict[tuple[float, ...], float] = {}
@@ -289,7 +293,9 @@ def _table(
         nodes: Any = run.nodes
         total = sum(float(nodes[n]["log_prob_sum"]) for n in supports)
         key = tuple(float(x) for n in names for x in nodes[n]["value"].flatten())
-        found[key] = found.get(key, 0.0) + float(torch.tensor(total).double().exp())
+        found[key] = found.get(key, 0.0) + float(
+            torch.tensor(total, device="cpu").double().exp()
+        )
     return found
 
 

@@ -274,7 +274,9 @@ class NoiseRun(InnerRun):
         if not self.probe:
             return value.requires_grad_()
         generator = torch.Generator().manual_seed(len(self.leaves) + 1000)
-        move = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+        move = torch.randn(
+            value.shape, generator=generator, dtype=torch.float64, device="cpu"
+        )
         move = self.probe * (move + 3 * move.sign())
         return value + move.to(value) * (1 + value.abs())
 
@@ -352,7 +354,9 @@ class NoiseRun(InnerRun):
         # Large, and of both signs over two probes, so that kinks show; the global
         # random state is not touched.
         generator = torch.Generator().manual_seed(len(self.drawn))
-        draws = torch.randn(shape, generator=generator, dtype=torch.float64)
+        draws = torch.randn(
+            shape, generator=generator, dtype=torch.float64, device="cpu"
+        )
         draws = self.probe * (draws + 3 * draws.sign())
         self.drawn[key] = draws.to(dtype=like.dtype, device=like.device)
         return self.drawn[key]

@@ -127,7 +127,7 @@ def _finite_laws(
     finite: FiniteEffect, index: Tensor
 ) -> tuple[Moments, Moments, Moments]:
     table = by_context(finite)[:, index]  # (C, n, Y)
-    p_context = torch.zeros(len(table), dtype=torch.float64)
+    p_context = torch.zeros(len(table), dtype=torch.float64, device="cpu")
     p_context.index_add_(0, finite.contexts[1], finite.before.exp())
     done = finite.effect_adjusted(index)  # refuses what no context allows
     given = table / table.sum(-1, keepdim=True).clamp(min=1e-300)

@@ -54,7 +54,7 @@ def given_total(
     fn = Split(split or {})(sampler.model[0])
     marks: list[Tensor] = []
     kept: list[list[Tensor]] = [[] for _ in quantities]
-    best = torch.full((len(at), 1), -torch.inf, dtype=torch.float64)
+    best = torch.full((len(at), 1), -torch.inf, dtype=torch.float64, device="cpu")
     vectorized = sampler.is_vectorized(sampler.model[0], None)
     propose = _side_by_side if vectorized else _one_by_one
     with sampler.unseen():
@@ -65,7 +65,7 @@ def given_total(
         for _ in range(most):
             weight, drawn = propose(sampler, fn, pinned, quantities)
             best = torch.maximum(best, weight.amax(-1, keepdim=True))
-            marks.append(weight - torch.rand(weight.shape).double().log())
+            marks.append(weight - torch.rand(weight.shape, device="cpu").double().log())
             for part, own in zip(kept, drawn, strict=True):
                 part.append(own)
             # Of all proposals so far, against the largest weight so far
@@ -154,10 +154,12 @@ class _Pinned(Messenger):
         self.cut, self.quantity, self.at = cut, total, at
         self.place: int | None = None  # of the element that makes up the rest
         thing, layout = total.thing, total.layout
-        rows: Tensor | None = torch.ones(1, layout.size, dtype=torch.float64)
+        rows: Tensor | None = torch.ones(
+            1, layout.size, dtype=torch.float64, device="cpu"
+        )
         if not isinstance(thing, str):
             rows = thing.aggregation.within(layout).weights(
-                torch.zeros(layout.size, dtype=torch.float64)
+                torch.zeros(layout.size, dtype=torch.float64, device="cpu")
             )
         if rows is None or total.size != 1:
             raise UnsupportedLaw(

@@ -213,7 +213,7 @@ class Draws:
     def quantiles(self, of: Quantity) -> Tensor:
         """Some values that a quantity usually has, shape ``(n,)``."""
         drawn = self.sampler.draw(self.question.model[0], [of])[0].mean(-1)
-        levels = torch.tensor((0.25, 0.5, 0.75), dtype=torch.float64)
+        levels = torch.tensor((0.25, 0.5, 0.75), dtype=torch.float64, device="cpu")
         return drawn.quantile(levels, interpolation="nearest").unique()
 
     def test(

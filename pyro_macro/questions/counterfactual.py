@@ -196,7 +196,7 @@ def _finite(asked: Asked, noise: str, trouble: str) -> CounterfactualReport:
                 twin.under(model, first, asked.until, layouts, asked.done.fixed)
             )
     outcomes, index = distinct(torch.cat([rows for rows, _ in parts]))
-    table = torch.zeros(len(parts), len(outcomes), dtype=torch.float64)
+    table = torch.zeros(len(parts), len(outcomes), dtype=torch.float64, device="cpu")
     places = index.split([len(rows) for rows, _ in parts])
     for row, place, (_, weights) in zip(table, places, parts, strict=True):
         row.index_add_(0, place, weights)

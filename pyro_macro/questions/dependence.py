@@ -28,9 +28,11 @@ def independence(
     observed = (a * b).sum((-1, -2))
     size = a.shape[1]
     step = max(1, _CELLS // size**2)
-    shuffled = torch.zeros(permutations, dtype=torch.float64)
+    shuffled = torch.zeros(permutations, dtype=torch.float64, device="cpu")
     for mine, yours in zip(a.flatten(1), b, strict=True):
-        order = torch.rand(permutations, size, generator=generator).argsort(-1)
+        order = torch.rand(
+            permutations, size, generator=generator, device="cpu"
+        ).argsort(-1)
         for start in range(0, permutations, step):
             some = order[start : start + step]
             moved = yours[some.unsqueeze(-1), some.unsqueeze(-2)]

@@ -51,7 +51,7 @@ def drawn_report(
         question.refuse_vector()
         drawn = sampler.draw(model, [cut.cause])[0].mean(-1)
         question.refuse_nan(drawn)
-        levels = torch.tensor(QUANTILES, dtype=torch.float64)
+        levels = torch.tensor(QUANTILES, dtype=torch.float64, device="cpu")
         at = drawn.quantile(levels, interpolation="nearest").unique()
     at = question.values(at)
     natural = not question.common_causes
@@ -238,7 +238,7 @@ def _from_chains(
     for r in laws:
         stored = r.law.draws
         count = max(20, min(len(stored), int(least)))
-        chosen = torch.linspace(0, len(stored) - 1, count).round().long()
+        chosen = torch.linspace(0, len(stored) - 1, count, device="cpu").round().long()
         law = over_grid(r.law, r.layout, question.cut.depth)
         batch = law.batch_shape
         lead = (count,) + (1,) * (len(batch) - stored.dim() + 2)

@@ -96,7 +96,10 @@ def _affine(
 ) -> FeasibilityReport:
     at = question.asked(at)
     seen = float(affine.effect_given(question.spread(at)).variance[0, 0])
-    distance, reason = torch.full((len(at),), torch.nan, dtype=torch.float64), ""
+    distance, reason = (
+        torch.full((len(at),), torch.nan, dtype=torch.float64, device="cpu"),
+        "",
+    )
     try:
         laws = question.realized(
             lambda value: Inhibiting(value, question.effect, levers), at
@@ -127,9 +130,11 @@ def _moved(question: Question, law: Any, at: Tensor) -> Tensor:
         return law.moved.reshape(-1).expand(len(at)).cpu().double()
     (natural,) = question.realized(Natural, at)
     if isinstance(law, NaturalNormal) and law.rows.shape == natural.law.rows.shape:
-        return torch.zeros(len(at), dtype=torch.float64)  # it is that, nothing to move
+        return torch.zeros(
+            len(at), dtype=torch.float64, device="cpu"
+        )  # it is that, nothing to move
     if law.event_shape[-1] > DENSE:
-        return torch.full((len(at),), torch.nan, dtype=torch.float64)
+        return torch.full((len(at),), torch.nan, dtype=torch.float64, device="cpu")
     size = law.event_shape[-1]
     own = getattr(law, "covariance_matrix", law.mean.new_zeros(size, size))
     one = Moments(law.mean.double(), own.double())
@@ -167,12 +172,12 @@ def _finite(question: Question, at: Any) -> FeasibilityReport:
         feasible_at=possible,
         observational_variance=None,
         noise_variance=None,
-        distance=torch.tensor(distance, dtype=torch.float64),
+        distance=torch.tensor(distance, dtype=torch.float64, device="cpu"),
         distance_kind="total variation",
         levers=None,
         reason=reason,
         method="exact: finite, linear programs",
-        gap=torch.tensor(gaps, dtype=torch.float64),
+        gap=torch.tensor(gaps, dtype=torch.float64, device="cpu"),
         outcomes=finite.effects[:, 0],
         certificates=tuple(certificates),
     )

@@ -63,7 +63,13 @@ class Paradox:
 
     def __repr__(self) -> str:
         n_x, n_z, n_y = self.p_y.shape
-        n_yb = len(set(self.effect.aggregation(torch.arange(n_y)[:, None]).tolist()))
+        n_yb = len(
+            set(
+                self.effect.aggregation(
+                    torch.arange(n_y, device="cpu")[:, None]
+                ).tolist()
+            )
+        )
         return (
             f"Paradox(<|X| = {n_x}, |Y| = {n_y}, |Z| = {n_z}, |Xb| = "
             f"{len(self.labels)}, |Yb| = {n_yb}: confounded by {self.micro_gap:.2f} in "
@@ -141,7 +147,7 @@ def paradox(
             "num_confounder_values."
         )
     p_do = read_kernel("paradox: realizations", realizations, labels, fibre)
-    own = p_do[fibre, torch.arange(n_x)]  # (|X|,): each x is in one fibre
+    own = p_do[fibre, torch.arange(n_x, device="cpu")]  # (|X|,): each x is in one fibre
     cause_variable, effect_variable = (
         MacroVariable(name, micro=site, aggregation=Coarsen(values))
         for name, site, values in [
@@ -153,7 +159,7 @@ def paradox(
 
     def draw(*shape: int) -> Tensor:
         """Random probability vectors, inside the simplex."""
-        weights = torch.empty(shape, dtype=torch.float64)
+        weights = torch.empty(shape, dtype=torch.float64, device="cpu")
         weights.exponential_(generator=generator)
         return 0.98 * weights / weights.sum(-1, keepdim=True) + 0.02 / shape[-1]
 

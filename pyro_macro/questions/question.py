@@ -127,7 +127,9 @@ class Question:
         """Some macro value, to see what a realization is."""
         if at is not None:
             return self.values(at)
-        return torch.zeros((1,) + tuple(self.cut.cause.shape[-1:]) * self.event)
+        return torch.zeros(
+            (1,) + tuple(self.cut.cause.shape[-1:]) * self.event, device="cpu"
+        )
 
     def _refuse_parts(self, things: Sequence[Thing]) -> None:
         """An error for what is no aggregate of whole plates."""
@@ -136,7 +138,9 @@ class Question:
                 sites = [self.cut.sites[n] for n in thing.micro]
                 refuse_subsampled(f"macro-variable {thing.name!r}", thing, sites)
         sites = [self.cut.sites[n] for n in self.cause.micro]
-        state = torch.zeros(self.cut.cause.layout.size, dtype=torch.float64)
+        state = torch.zeros(
+            self.cut.cause.layout.size, dtype=torch.float64, device="cpu"
+        )
         if not state.numel():
             raise PyroMacroError(
                 f"{self.what}: its micro state has 0 elements. Expected sites with "
@@ -301,7 +305,7 @@ class Question:
     def default_at(self) -> Tensor:
         """Quantiles of the macro value; all values where there are few."""
         self.refuse_vector()
-        levels = torch.tensor(QUANTILES, dtype=torch.float64)
+        levels = torch.tensor(QUANTILES, dtype=torch.float64, device="cpu")
         if self.affine is not None:
             cause = self.affine.joint([0])
             spread = cause.variance.mean().sqrt()

@@ -81,7 +81,7 @@ def read_kernel(what: str, given: Any, labels: Tensor, fibre: Tensor) -> Tensor:
             f"{what} have the least entry {table.min().item():g}, and sums "
             f"{total[:, 0].tolist()}. Expected probabilities, with sum 1 in each row."
         )
-    off = (table > 0) & (fibre != torch.arange(len(labels)).unsqueeze(-1))
+    off = (table > 0) & (fibre != torch.arange(len(labels), device="cpu").unsqueeze(-1))
     if bool(off.any()):
         row, x = off.nonzero()[0].tolist()
         raise OffFibre(

@@ -89,7 +89,9 @@ def _under_permutations(
     parts = []
     step = max(1, _CELLS // order.numel())
     for start in range(0, count, step):
-        keys = torch.rand(min(step, count - start), sum(sizes), generator=generator)
+        keys = torch.rand(
+            min(step, count - start), sum(sizes), generator=generator, device="cpu"
+        )
         first = (keys.argsort(-1) < sizes[0]).to(gaps)
         parts.append(_energy(first[:, order], gaps, sizes))  # (P, n)
     return torch.cat(parts)
@@ -105,7 +107,7 @@ def _detectable(
         middle = (low + high) / 2
         seen = []
         for _ in range(SPLITS):
-            keys = torch.rand(pooled.shape[-1], generator=generator)
+            keys = torch.rand(pooled.shape[-1], generator=generator, device="cpu")
             first = keys.argsort(-1) < sizes[0]
             moved = pooled + first * (middle.exp() * spread).unsqueeze(-1)
             ordered, order = moved.sort(-1)
@@ -123,7 +125,12 @@ def _wasserstein(one: Tensor, other: Tensor) -> Tensor:
     if n == m:
         return (one - other).square().mean(-1).sqrt()
     # In units of 1 / (n m), so that levels are whole numbers
-    ends = torch.cat([torch.arange(1, n + 1) * m, torch.arange(1, m + 1) * n]).unique()
-    width = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype)) / (n * m)
+    ends = torch.cat(
+        [
+            torch.arange(1, n + 1, device="cpu") * m,
+            torch.arange(1, m + 1, device="cpu") * n,
+        ]
+    ).unique()
+    width = ends.diff(prepend=torch.zeros(1, dtype=ends.dtype, device="cpu")) / (n * m)
     difference = one[..., (ends - 1) // m] - other[..., (ends - 1) // n]
     return (difference.square() * width).sum(-1).sqrt()

@@ -228,7 +228,9 @@ class Asked:
                 if n in {*macro.micro, *above} and finite_values(fn) is None
             ]
             layout = Layout([unit.sites[n] for n in macro.micro], macro.over)
-            rows = macro.aggregation.within(layout).weights(torch.zeros(layout.size))
+            rows = macro.aggregation.within(layout).weights(
+                torch.zeros(layout.size, device="cpu")
+            )
             if rows is None and set(macro.micro) & set(unit.zero.forms):
                 why.append(f"{macro.aggregation!r} is no weighted sum")
             if why:
@@ -402,7 +404,9 @@ def elements_of(quantity: Quantity) -> list[str]:
     """What the numbers of a quantity are called."""
     if not quantity.shape:
         return [quantity.name]
-    places = torch.cartesian_prod(*(torch.arange(n) for n in quantity.shape))
+    places = torch.cartesian_prod(
+        *(torch.arange(n, device="cpu") for n in quantity.shape)
+    )
     places = places.reshape(-1, len(quantity.shape))
     return [f"{quantity.name}[{', '.join(map(str, p))}]" for p in places.tolist()]
 

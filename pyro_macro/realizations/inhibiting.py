@@ -295,7 +295,7 @@ class Inhibiting(Realization):
                 "closest to P(effect | value) is a total "
                 f"variation distance of {found.gap:.3g} away."
             )
-        weights = torch.zeros(len(effect.states), dtype=torch.float64)
+        weights = effect.states.new_zeros(len(effect.states))
         weights[inside] = found.weights
         return weights / weights.sum()
 

@@ -374,14 +374,16 @@ class Configurations:
             plates = self.kept_by(grade) if self.counts[grade] > 1 else []
             sizes = {f.dim: f.size for f in plates}
             shape = [probes] + [sizes.get(d, 1) for d in range(-self.depth, 0)]
-            drawn[grade] = torch.randint(self.counts[grade], shape, generator=generator)
+            drawn[grade] = torch.randint(
+                self.counts[grade], shape, generator=generator, device="cpu"
+            )
         values = {
             a.site.name: a.across(drawn[a.grade], self.depth) for a in self.ancestors
         }
         run = EnumeratedRun(self.upstream, self.until, {**self.upstream.held, **values})
         run.run(*self.upstream.model)
         for name, site in self.sites.items():
-            index = torch.zeros([1] * (1 + self.depth), dtype=torch.long)
+            index = torch.zeros([1] * (1 + self.depth), dtype=torch.long, device="cpu")
             for grade in Grade:
                 # What is outside of a plate does not depend on its slots
                 inside = all(f in site.frames for f in self.kept_by(grade))

@@ -92,8 +92,13 @@ class FiniteEffect:
         """``sum_u weight(u, x) P(yb | u, do(x))``, shape ``(X, Y)``."""
         size = self._after.shape
         cells = (weight.unsqueeze(-1) + self._after).exp()
-        at = torch.arange(size[1])[None, :, None] * len(self.effects) + self._effect_of
-        table = torch.zeros(size[1] * len(self.effects), dtype=torch.float64)
+        at = (
+            torch.arange(size[1], device="cpu")[None, :, None] * len(self.effects)
+            + self._effect_of
+        )
+        table = torch.zeros(
+            size[1] * len(self.effects), dtype=torch.float64, device="cpu"
+        )
         table.index_add_(0, at.flatten(), cells.flatten())
         return table.reshape(size[1], len(self.effects))
 
@@ -103,7 +108,9 @@ class FiniteEffect:
         size = self._after.shape
         if size[0] * size[1] * len(self.effects) > CELLS:
             raise TooMany("the table of effects by what is upstream is too large")
-        table = torch.zeros((*size[:2], len(self.effects)), dtype=torch.float64)
+        table = torch.zeros(
+            (*size[:2], len(self.effects)), dtype=torch.float64, device="cpu"
+        )
         return table.scatter_add_(-1, self._effect_of, self._after.exp())
 
     @cached_property
@@ -118,7 +125,9 @@ class FiniteEffect:
 
     def macro(self, table: Tensor) -> Tensor:
         """A table over micro states, ``(X, ...)``, summed to macro values."""
-        result = torch.zeros((len(self.causes), *table.shape[1:]), dtype=torch.float64)
+        result = torch.zeros(
+            (len(self.causes), *table.shape[1:]), dtype=torch.float64, device="cpu"
+        )
         return result.index_add_(0, self.cause_of, table)
 
     def find(self, at: Tensor) -> Tensor:
@@ -152,7 +161,9 @@ class FiniteEffect:
         before = self.before.exp()
         seen = torch.einsum("uc,u,ux->cx", members, before, self.state.exp())
         p_context = before @ members
-        result = torch.zeros(len(index), len(self.effects), dtype=torch.float64)
+        result = torch.zeros(
+            len(index), len(self.effects), dtype=torch.float64, device="cpu"
+        )
         inside = (self.cause_of == index[:, None]).double()  # (n, X)
         for c in range(count):
             natural = seen[c] * inside
@@ -187,7 +198,7 @@ class FiniteEffect:
 
         :returns: which micro states it is of, shape ``(X,)``, and the mixture.
         """
-        inside, which = self.reachable(index), torch.tensor([index])
+        inside, which = self.reachable(index), torch.tensor([index], device="cpu")
         wanted, natural = self.effect_given(which)[0], self.natural(which)[0]
         return inside, closest_mixture(self.kernel[inside], wanted, natural[inside])
 
@@ -209,7 +220,9 @@ class FiniteEffect:
         parts = self.read.quantities[2:]
         u = len(self.before)
         if not parts:
-            return torch.zeros(1, 0, dtype=torch.float64), torch.zeros(u).long()
+            return torch.zeros(1, 0, dtype=torch.float64, device="cpu"), torch.zeros(
+                u, device="cpu"
+            ).long()
         rows = [part[:, 0, 0].expand(u, -1) for part in parts]
         return distinct(torch.cat(rows, -1))
 
@@ -254,7 +267,7 @@ def distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
     scale = rows.abs().amax(0).clamp(min=1e-300)
     rounded = (rows / scale * 1e9).round()
     keys, index = rounded.unique(dim=0, return_inverse=True)
-    first = torch.full((len(keys),), len(rows), dtype=torch.long)
-    order = torch.arange(len(rows))
+    first = torch.full((len(keys),), len(rows), dtype=torch.long, device="cpu")
+    order = torch.arange(len(rows), device="cpu")
     first.scatter_reduce_(0, index, order, "amin")
     return rows[first], index

@@ -98,7 +98,7 @@ class JointValues:
 
     def micro_values(self) -> dict[str, Tensor]:
         """The value of each micro site in each of ``X`` micro states."""
-        index = torch.arange(self.counts[STATE])
+        index = torch.arange(self.counts[STATE], device="cpu")
         return {a.site.name: a.at(index) for a in self.ancestors if a.grade == STATE}
 
     def _side_by_side(self) -> bool:
@@ -118,7 +118,10 @@ class JointValues:
         """Whether some of the joint values, run alone, say the same."""
         generator = torch.Generator().manual_seed(0)
         for _ in range(PROBES):
-            at = [int(torch.randint(n, (), generator=generator)) for n in self.size]
+            at = [
+                int(torch.randint(n, (), generator=generator, device="cpu"))
+                for n in self.size
+            ]
             weights, quantities = self._alone(at)
             pairs = [(self.weights[b].unsqueeze(-1), weights[b]) for b in BLOCKS]
             pairs += list(zip(self.quantities, quantities, strict=True))
@@ -134,7 +137,8 @@ class JointValues:
         """What the program says under one of the joint values."""
         place = dict(zip(BLOCKS, at, strict=True))
         values = {
-            a.site.name: a.at(torch.tensor(place[a.grade])) for a in self.ancestors
+            a.site.name: a.at(torch.tensor(place[a.grade], device="cpu"))
+            for a in self.ancestors
         }
         try:
             run = self._run(values)
@@ -171,14 +175,14 @@ class JointValues:
 
     def _placed(self, ancestor: Ancestor) -> Tensor:
         """All values of a site, along the dimension of its block."""
-        values = ancestor.at(torch.arange(self.counts[ancestor.grade]))
+        values = ancestor.at(torch.arange(self.counts[ancestor.grade], device="cpu"))
         depth = len(ancestor.shape) - len(ancestor.site.event_shape)
         behind = self.depth - depth + (2 - ancestor.grade)
         return values.reshape(values.shape[:1] + (1,) * behind + ancestor.shape)
 
     def _weight(self, block: Grade, run: EnumeratedRun, values: Values) -> Tensor:
         """Log probabilities of the values of a block, ``(U, X, D)``."""
-        total = torch.zeros(1, 1, 1, dtype=torch.float64)
+        total = torch.zeros(1, 1, 1, dtype=torch.float64, device="cpu")
         for a in self.ancestors:
             if a.grade != block:
                 continue

@@ -15,9 +15,9 @@ from torch import Tensor
 # Below the tolerance of the solver, a gap is no gap; then the mixture is polished
 SOLVER = 1e-7
 
-_zeros = partial(torch.zeros, dtype=torch.float64)
-_ones = partial(torch.ones, dtype=torch.float64)
-_eye = partial(torch.eye, dtype=torch.float64)
+_zeros = partial(torch.zeros, dtype=torch.float64, device="cpu")
+_ones = partial(torch.ones, dtype=torch.float64, device="cpu")
+_eye = partial(torch.eye, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,9 +53,9 @@ def closest_mixture(given: Tensor, wanted: Tensor, start: Tensor) -> Mixing:
     ones = torch.cat([_ones(1, s), _zeros(1, 2 * y)], -1)
     found = _solve(costs, torch.cat([rows, ones]), torch.cat([wanted, _ones(1)]))
     gap = float(found.fun) / 2
-    weights = torch.as_tensor(found.x[:s])
+    weights = torch.as_tensor(found.x[:s], device="cpu")
     if gap > SOLVER:
-        dual = torch.as_tensor(found.eqlin.marginals[:y])
+        dual = torch.as_tensor(found.eqlin.marginals[:y], device="cpu")
         margin = wanted @ dual - (given @ dual).max()
         return Mixing(weights, gap, dual if float(margin) > 0 else None)
     # minimize the sum of u + v, with w + u - v = start and given' w = wanted
@@ -64,7 +64,7 @@ def closest_mixture(given: Tensor, wanted: Tensor, start: Tensor) -> Mixing:
     outcomes = torch.cat([given.mT, _zeros(y, 2 * s)], -1)
     found = _solve(costs, torch.cat([rows, outcomes]), torch.cat([start, wanted]))
     if found.x is not None:
-        weights = torch.as_tensor(found.x[:s])
+        weights = torch.as_tensor(found.x[:s], device="cpu")
     return Mixing(_polished(weights, given, wanted), 0.0, None)
 
 

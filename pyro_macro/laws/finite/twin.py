@@ -166,7 +166,7 @@ class FiniteTwin:
         run.run(*unit.model)
         values = {n: s.value for n, s in run.sites.items()} | values
         count = len(index)
-        found: Values = {"": torch.zeros(count, dtype=torch.float64)}
+        found: Values = {"": torch.zeros(count, dtype=torch.float64, device="cpu")}
         for name in self._weighed:
             if name not in self.supports:
                 log = log_prob_of(run.sites[name].fn, values[name], run.sites[name])
@@ -291,7 +291,7 @@ class _Other:
 
     def law(self) -> tuple[Tensor, Tensor]:
         tables = listed(self.count, self._as_it_would_be)
-        was, _, _ = self._digits(torch.arange(self.count))
+        was, _, _ = self._digits(torch.arange(self.count, device="cpu"))
         weights = self.twin.posterior[was] * tables[""].exp()
         if abs(float(weights.sum()) - 1) > 1e-4:
             raise UnsupportedLaw(
@@ -337,7 +337,7 @@ class _Other:
             )
         run = _Listed(unit, self.until, values, self.world.sites)
         run.run(*self.model(count if wide else None))
-        found: Values = {"": torch.zeros(count, dtype=torch.float64)}
+        found: Values = {"": torch.zeros(count, dtype=torch.float64, device="cpu")}
         for name in self.layouts:
             log = _log_prob(run.sites[name].fn, values[name], name)
             found[""] = found[""] + log.reshape(count, -1).sum(-1).cpu()
@@ -416,9 +416,11 @@ def listed(count: int, tables: Callable[[Tensor, bool], tuple[Any, Values]]) -> 
     :param tables: from their numbers, and whether they are side by side, to the run
         and tables with their dimension in front.
     """
-    index = torch.arange(count)
+    index = torch.arange(count, device="cpu")
     generator = torch.Generator().manual_seed(0)
-    some = torch.randint(count, (min(PROBES, count),), generator=generator).tolist()
+    some = torch.randint(
+        count, (min(PROBES, count),), generator=generator, device="cpu"
+    ).tolist()
     try:
         run, found = tables(index, True)
         together = run.tracker.escaped or run.tracker.whole

@@ -107,7 +107,9 @@ def coupled_plates(view: NoiseView, frames: Sequence[Any], event_dim: int) -> se
         return found
     shape = view.output.shape
     generator = torch.Generator().manual_seed(0)
-    plain = torch.rand(shape[len(shape) - event_dim :], generator=generator)
+    plain = torch.rand(
+        shape[len(shape) - event_dim :], generator=generator, device="cpu"
+    )
     plain = (1 + plain).to(view.output).expand(shape)
     for frame in frames:
         if not frame.vectorized or len(shape) - event_dim < -frame.dim:
@@ -115,7 +117,9 @@ def coupled_plates(view: NoiseView, frames: Sequence[Any], event_dim: int) -> se
         axis = frame.dim - event_dim
         if shape[axis] == 1:
             continue
-        weights = 1 + torch.rand(shape[axis], generator=generator).to(view.output)
+        weights = 1 + torch.rand(shape[axis], generator=generator, device="cpu").to(
+            view.output
+        )
         along = weights.reshape([-1] + [1] * (-axis - 1))
         both = view.backward(torch.stack([plain, plain * along]))
         for noise in view.noises:

@@ -122,11 +122,11 @@ class AffineEffect:
         parts = [
             gradients[n.key].reshape(rows, -1).cpu().double()
             if n.key in gradients
-            else torch.zeros(rows, n.leaf.numel(), dtype=torch.float64)
+            else torch.zeros(rows, n.leaf.numel(), dtype=torch.float64, device="cpu")
             for n in self._noises
         ]
         if not parts:
-            return torch.zeros(rows, 0, dtype=torch.float64)
+            return torch.zeros(rows, 0, dtype=torch.float64, device="cpu")
         return self._plain(torch.cat(parts, -1))
 
     def _check(self, state: Tensor, rows: list[Tensor]) -> None:
@@ -138,7 +138,9 @@ class AffineEffect:
             if any(n.key not in probe.drawn for n in self._noises):
                 self._refuse_bent("the sites that are met")
             noise = [_flat(probe.drawn[n.key]) for n in self._noises]
-            drawn = torch.cat([*noise, torch.zeros(0, dtype=torch.float64)])
+            drawn = torch.cat(
+                [*noise, torch.zeros(0, dtype=torch.float64, device="cpu")]
+            )
             known = {n.key: probe.drawn[n.key].unsqueeze(0) for n in self._state.noises}
             found = torch.cat([probe.expressions[n].reshape(-1) for n in names])
             if not agree(state, [self._state.forward(known)[0]], found, eps):
@@ -181,7 +183,9 @@ class AffineEffect:
     def covariance_with_state(self, coefficients: Tensor) -> Tensor:
         """``Cov(X, S)`` for ``S`` with some coefficients, shape ``(K, rows)``."""
         if not self._noises or not self._state.noises:
-            return torch.zeros(len(self.loc), len(coefficients), dtype=torch.float64)
+            return torch.zeros(
+                len(self.loc), len(coefficients), dtype=torch.float64, device="cpu"
+            )
         sizes = [n.leaf.numel() for n in self._noises]
         parts = coefficients.split(sizes, -1)
         directions = {

@@ -213,7 +213,9 @@ class Structure:
         self, noise: Noise, depth: int, axes: dict[str, list[int]], columns: Tensor
     ) -> bool:
         generator = torch.Generator().manual_seed(0)
-        trial = torch.randn(noise.leaf.shape, generator=generator, dtype=torch.float64)
+        trial = torch.randn(
+            noise.leaf.shape, generator=generator, dtype=torch.float64, device="cpu"
+        )
         trial = trial.to(noise.leaf)
         with torch.no_grad():
             actual = self.view.forward({noise.key: trial.unsqueeze(0)})[0].detach()

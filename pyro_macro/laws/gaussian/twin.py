@@ -66,7 +66,7 @@ class Abduction:
         self.sizes = [n.leaf.numel() for n in self.noises]
         floating = [unit.sites[n].value.dtype for n in relevant]
         self.eps = max((torch.finfo(d).eps for d in floating), default=2.3e-16)
-        self.mean = torch.zeros(sum(self.sizes), dtype=torch.float64)
+        self.mean = torch.zeros(sum(self.sizes), dtype=torch.float64, device="cpu")
         self._steps: list[Callable[[Tensor], Tensor]] = []
         large = self._large(kept)
         rest = [e for e in kept if e not in large]
@@ -86,10 +86,14 @@ class Abduction:
         parts = [
             gradients[n.key].reshape(count, -1).cpu().double()
             if n.key in gradients
-            else torch.zeros(count, n.leaf.numel(), dtype=torch.float64)
+            else torch.zeros(count, n.leaf.numel(), dtype=torch.float64, device="cpu")
             for n in self.noises
         ]
-        return torch.cat(parts, -1) if parts else torch.zeros(count, 0).double()
+        return (
+            torch.cat(parts, -1)
+            if parts
+            else torch.zeros(count, 0, device="cpu").double()
+        )
 
     def _directions(self, rows: Tensor) -> dict[Key, Tensor]:
         parts = rows.split(self.sizes, -1)
@@ -293,7 +297,12 @@ def refuse_bend(quantity: Quantity) -> None:
     if isinstance(thing, str):
         return
     rows = thing.aggregation.within(quantity.layout)
-    if rows.weights(torch.zeros(quantity.layout.size, dtype=torch.float64)) is None:
+    if (
+        rows.weights(
+            torch.zeros(quantity.layout.size, dtype=torch.float64, device="cpu")
+        )
+        is None
+    ):
         raise NotAffine(
             f"{WHO}: {quantity.what}: {thing.aggregation!r} of what was not seen is no "
             "weighted sum."

@@ -271,7 +271,9 @@ class OnFibre:
             )
         generator = torch.Generator().manual_seed(0)
         shape = (64, *elements.centre.shape)
-        noise = torch.randn(shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(
+            shape, generator=generator, dtype=torch.float64, device="cpu"
+        )
         noise = noise.to(elements.centre.device)
         states = elements.centre + elements.spread * noise
         low, high = elements.low, elements.high
